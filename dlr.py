@@ -1,0 +1,514 @@
+"""Dynamic Latent Routing: teach a language model to steer itself with a few discrete codes.
+
+A text is cut into M chunks of K tokens; m(t) is the chunk of token t. A router looks at the hidden state h of each
+chunk's *first* token, at the output of one block (the injection layer), and picks one of C codes for that chunk. The
+code's vector is added to the residual stream at all tokens of the chunk, and the blocks above see the steered state:
+
+    (1) steer    h_t  <-  h_t + alpha * e[a_m(t)]                               e: codebook (C, H), zero at first
+    (2) route    z_m  =   W sg(h_mK+1)                                          W: router (C, H), sg: stop-gradient
+    (3) search   a^1 .. a^N  ~  softmax(z / tau) in every chunk,   a* = argmax_i log p(x | a^i)
+    (4) update   L = - log p(x)                          (4a) generalist: the unsteered LM, with its own gradient
+                     - log [p(x | a*) / sg(p(x))]        (4b) steered: the denominator is a constant
+                     - alpha_policy * log p(a* | x)      (4c) policy: the router imitates the winner
+                     + alpha_reg * KL(bigram || prior)   (4d) prior: codes are used like words, a few often, none twice
+    (5) at inference every chunk takes the argmax of its z, in the prompt and in what is generated.
+
+Source: "Dynamic Latent Routing", F. Yu, X. Su, A. Abdullah, arXiv 2605.14323 (2026); the numbers are this file's own.
+Where the paper leaves room, this file chooses:
+  1. Chunks count real tokens, so left padding does not move the grid; the last, partial chunk is steered as well.
+  2. Log-likelihoods run over response tokens; (4a, 4b) are means over them, (4c) is a mean over all chunks.
+  3. (4d) has a closed-form prior, Zipfian by the rank of each code's running usage, instead of a Sinkhorn scaling.
+  4. Steering needs h only at the injection layer, which no code has touched yet. So the blocks up to it (the trunk)
+     run once for the router, for all N rollouts and for both terms of (4); only the blocks above run once per rollout.
+
+Needs torch and transformers >= 5 alone: copy this file where you like.
+
+    model = DLRModel(AutoModelForCausalLM.from_pretrained("gpt2"))
+    found = model.search(input_ids, response_mask, rollouts=8)              # (3)
+    model.loss(input_ids, response_mask, found.codes).total.backward()      # (4)
+    model.generate(input_ids)                                               # (5)
+"""
+import copy
+import inspect
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import ModelOutput
+
+HEAD_ROWS = 256  # tokens whose logits are built at once: (256, V) instead of (B * R, T, V)
+
+
+@dataclass
+class SearchResult(ModelOutput):
+    """What a search found: `codes` (B, M) of the winner, `log_likelihood` (B, R) of every rollout in nats,
+    `rollouts` (B, R, M) the code sequences tried, `logits` (B, M, C) of the router that drew them."""
+
+    codes: torch.Tensor | None = None
+    log_likelihood: torch.Tensor | None = None
+    rollouts: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+@dataclass
+class Loss(ModelOutput):
+    """The terms of equation (4), unweighted, and `total` = generalist + steered + alpha_policy * policy
+    + alpha_reg * prior. (The constant sg(log p(x)) of (4b) is left out: it moves the value, not the gradient.)"""
+
+    total: torch.Tensor | None = None
+    generalist: torch.Tensor | None = None
+    steered: torch.Tensor | None = None
+    policy: torch.Tensor | None = None
+    prior: torch.Tensor | None = None
+
+
+@dataclass
+class Trunk:
+    """The output of the blocks up to the injection layer, and the chunk grid of the batch it was computed for."""
+
+    input_ids: torch.Tensor  # (B, T)
+    padding: dict  # what the LM has to be told about padding: nothing, or its mask and position ids
+    hidden: torch.Tensor  # (B, T, H), unsteered
+    chunk: torch.Tensor  # (B, T) chunk of each token, -1 at padding
+    first: torch.Tensor  # (B, M) index of each chunk's first token
+    real: torch.Tensor  # (B, M) False where a short text has no such chunk
+
+
+def mean_nll(log_likelihood, tokens):
+    """(4a) and (4b): summed log-likelihoods (B,) -> nats per response token of the batch, a scalar."""
+    return -log_likelihood.sum() / tokens.clamp(min=1)
+
+
+def policy_term(logits, codes, real):
+    """(4c): cross-entropy of the router's logits (B, M, C) with codes (B, M), a mean over the real chunks (B, M)."""
+    nll = F.cross_entropy(logits.flatten(0, 1), codes.clamp(min=0).flatten(), reduction="none")  # (B * M,)
+    real = (real & (codes >= 0)).flatten()
+    return (nll * real).sum() / real.sum().clamp(min=1)
+
+
+def bigrams(logits, real, fallback):
+    """(4d): b[i, j] = mean of p_m(i) p_m+1(j) over consecutive real chunks of the same text -> (C, C), sums to one.
+
+    logits (B, M, C), real (B, M). A batch without any such pair has no bigrams and returns `fallback` (C, C)."""
+    p = logits.softmax(-1)
+    left, right = p[:, :-1] * real[:, 1:, None], p[:, 1:]  # a real chunk's left neighbour is real
+    pairs = real[:, 1:].sum()
+    b = torch.einsum("bmi,bmj->ij", left, right) / pairs.clamp(min=1)
+    return torch.where(pairs > 0, b, fallback)
+
+
+def zipf_prior(usage, epsilon=1e-3):
+    """(4d): the prior over code bigrams (C, C): z_i z_j off the diagonal, `epsilon` of all mass on the diagonal.
+
+    z is Zipfian (1 / rank) with codes ranked by `usage` (C,), so that no code is favoured for its index."""
+    rank = usage.argsort(descending=True).argsort()
+    z = 1 / (rank + 1).to(usage.dtype)
+    z = z / z.sum()
+    diagonal = torch.eye(len(z), dtype=z.dtype, device=z.device)
+    off = torch.outer(z, z) * (1 - diagonal)
+    prior = (1 - epsilon) * off / off.sum().clamp(min=1e-12) + epsilon * diagonal / len(z)
+    return prior / prior.sum()  # one code alone has nothing off the diagonal
+
+
+def prior_term(average, prior):
+    """(4d): KL(average || prior) in nats, both (C, C); zero exactly where the bigrams are the prior."""
+    return (torch.xlogy(average, average) - average * prior.log()).sum()
+
+
+class DLRModel(nn.Module):
+    """A Hugging Face decoder-only LM, a codebook (C, H) and a router Linear(H, C).
+
+    `lm`: any `AutoModelForCausalLM`; `num_codes` C; `chunk_size` K, tokens; `layer`: the block (0-based) whose output
+    is steered, None = the middle one; `scale` alpha. Everywhere `attention_mask` (B, T) tells padding, left or right
+    (None = no padding), and `codes` is a LongTensor with -1 for a chunk that is not steered: (B, M), one sequence for
+    each text, or (B, R, M), R sequences for each. M = ceil(tokens of the longest text / K).
+
+    Raises ValueError where a setting is out of range or `lm` is not a decoder-only LM."""
+
+    def __init__(self, lm, num_codes=32, chunk_size=4, layer=None, scale=0.1):
+        super().__init__()
+        backbone, blocks = find_blocks(lm)
+        layer = len(blocks) // 2 if layer is None else layer
+        if not 0 <= layer < len(blocks):
+            raise ValueError(f"layer is {layer}, but this LM has blocks 0 to {len(blocks) - 1}.")
+        if num_codes < 1 or chunk_size < 1:
+            raise ValueError(f"num_codes ({num_codes}) and chunk_size ({chunk_size}) must be at least 1.")
+        self.lm = lm
+        self.num_codes, self.chunk_size, self.layer, self.scale = num_codes, chunk_size, layer, scale
+        self.last_codes = None  # (B, M) what the last generate() was steered with
+        self._backbone, self._blocks = [backbone], list(blocks)  # in lists: they are registered once, inside lm
+        self._intervention = None
+        width, device = lm.config.get_text_config().hidden_size, next(blocks[layer].parameters()).device
+        self.codebook = nn.Parameter(torch.zeros(num_codes, width, device=device))
+        self.router = nn.Linear(width, num_codes, bias=False, device=device)
+        nn.init.normal_(self.router.weight, std=0.01)
+        # running average of the bigrams of (4d), from "every bigram alike"
+        self.register_buffer("bigram", torch.full((num_codes, num_codes), num_codes**-2.0, device=device))
+
+    def forward(self, input_ids, attention_mask=None, codes=None):
+        """-> logits (B, T, V), or (B, R, T, V) for codes (B, R, M); `codes=None` takes the router's argmax (5)."""
+        trunk = self.trunk(input_ids, attention_mask)
+        if codes is None:
+            codes = self._argmax(trunk)
+        return self._above(self.lm, trunk, codes).logits.view(*codes.shape[:-1], input_ids.shape[1], -1)
+
+    def trunk(self, input_ids, attention_mask=None):
+        """Run the blocks up to the injection layer -> `Trunk`. Pass it to `search` and `loss` and it runs only once."""
+        grid = self._grid(input_ids, attention_mask)
+        captured = []
+        hook = self._blocks[self.layer].register_forward_hook(lambda block, args, output: captured.append(output))
+        try:
+            with _replaced_forward({block: _identity for block in self._blocks[self.layer + 1 :]}):
+                self._backbone[0](input_ids=input_ids, use_cache=False, **grid["padding"])
+        finally:
+            hook.remove()
+        if not torch.is_tensor(captured[0]):
+            raise TypeError("The blocks of this LM return tuples; DLRModel needs transformers >= 5.")
+        return Trunk(input_ids=input_ids, hidden=captured[0], **grid)
+
+    def route(self, input_ids, attention_mask=None):
+        """(2) -> router logits (B, M, C); the gradient reaches the router alone."""
+        with torch.no_grad():
+            trunk = self.trunk(input_ids, attention_mask)
+        return self._route(trunk)
+
+    def log_likelihood(self, input_ids, response_mask, codes=None, attention_mask=None, trunk=None):
+        """log p of the tokens where `response_mask` (B, T) is true -> (B,), or (B, R) for codes (B, R, M), in nats.
+
+        The text's first token is never counted: nothing predicts it. `codes=None` takes the router's argmax (5)."""
+        trunk = trunk or self.trunk(input_ids, attention_mask)
+        if codes is None:
+            codes = self._argmax(trunk)
+        output = self._above(self._backbone[0], trunk, codes)
+        hidden = output.last_hidden_state  # (B * R, T, H)
+        repeats = len(hidden) // len(input_ids)
+        counted = _counted(trunk, response_mask).repeat_interleave(repeats, 0)  # (B * R, T - 1)
+        states = hidden[:, :-1][counted]  # (n, H), n = response tokens of all rollouts
+        targets = input_ids[:, 1:].repeat_interleave(repeats, 0)[counted]  # (n,)
+        slices = zip(states.split(HEAD_ROWS), targets.split(HEAD_ROWS))
+        log_p = [-F.cross_entropy(self._head(rows, output).float(), y, reduction="none") for rows, y in slices]
+        per_token = torch.zeros(counted.shape, device=hidden.device)
+        if log_p:
+            per_token = per_token.masked_scatter(counted, torch.cat(log_p))
+        return per_token.sum(-1).view(codes.shape[:-1])
+
+    @torch.no_grad()
+    def search(self, input_ids, response_mask, rollouts=8, temperature=1.0, attention_mask=None, trunk=None,
+               generator=None, dtype=torch.float32):
+        """(3): draw `rollouts` code sequences for each text, score them -> `SearchResult`.
+
+        `temperature` 0 draws the argmax. `dtype` is the precision of the scores: rollouts differ by hundredths of a nat
+        at first, less than what bfloat16 rounds away, so float32 holds even inside autocast. Dropout is off."""
+        if rollouts < 1 or temperature < 0:
+            raise ValueError(f"rollouts ({rollouts}) must be at least 1, temperature ({temperature}) at least 0.")
+        with _eval_mode(self.lm):
+            trunk = trunk or self.trunk(input_ids, attention_mask)
+            logits = self._route(trunk)  # (B, M, C)
+            if temperature == 0:
+                drawn = logits.argmax(-1)[:, None].expand(-1, rollouts, -1)
+            else:
+                p = (logits / temperature).softmax(-1).flatten(0, 1)  # (B * M, C)
+                drawn = torch.multinomial(p, rollouts, replacement=True, generator=generator)  # (B * M, R)
+                drawn = drawn.view(*trunk.real.shape, rollouts).transpose(1, 2)
+            drawn = drawn.masked_fill(~trunk.real[:, None], -1)  # (B, R, M)
+            with torch.autocast(input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                scores = self.log_likelihood(input_ids, response_mask, drawn, trunk=trunk)  # (B, R)
+        winner = scores.argmax(1)[:, None, None].expand(-1, 1, drawn.shape[-1])
+        return SearchResult(drawn.gather(1, winner)[:, 0], scores, drawn, logits)
+
+    def loss(self, input_ids, response_mask, codes, attention_mask=None, trunk=None, alpha_policy=0.5, alpha_reg=0.1):
+        """(4) for the selected codes (B, M) -> `Loss`. In training mode the running average of (4d) moves on."""
+        trunk = trunk or self.trunk(input_ids, attention_mask)
+        logits = self._route(trunk)
+        both = torch.stack([torch.full_like(codes, -1), codes], 1)  # (B, 2, M): unsteered beside steered
+        unsteered, steered = self.log_likelihood(input_ids, response_mask, both, trunk=trunk).unbind(1)
+        tokens = _counted(trunk, response_mask).sum()
+        average = 0.8 * self.bigram + 0.2 * bigrams(logits, trunk.real, self.bigram)
+        if self.training:
+            self.bigram = average.detach()
+        loss = Loss(
+            generalist=mean_nll(unsteered, tokens),
+            steered=mean_nll(steered, tokens),
+            policy=policy_term(logits, codes, trunk.real),
+            prior=prior_term(average, zipf_prior(average.detach().sum(1))),
+        )
+        loss.total = loss.generalist + loss.steered + alpha_policy * loss.policy + alpha_reg * loss.prior
+        return loss
+
+    def generate(self, input_ids, attention_mask=None, **kwargs):
+        """(5): `lm.generate` (greedy, sampling, beams; same arguments, same result) with steering and KV cache.
+
+        Batches are padded on the left; every row keeps its own chunk grid across the border from prompt to answer.
+        The codes it was steered with are in `last_codes` (rows of the result, M) afterwards; text that a finished row
+        was padded with is routed like any other. Raises ValueError for padding on the right."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if not attention_mask[:, -1].all():
+            raise ValueError("generate() continues each row at its end: pad prompts on the left.")
+        pads = (1 - attention_mask.long()).sum(1)  # (B,)
+        asked_for_dict = kwargs.pop("return_dict_in_generate", False)
+        with self._steered_decoding(pads) as steps:
+            output = self.lm.generate(
+                input_ids=input_ids, attention_mask=attention_mask, return_dict_in_generate=True, **kwargs
+            )
+        self.last_codes = _codes_of_rows(steps, output, pads, self.chunk_size)
+        return output if asked_for_dict else output.sequences
+
+    @contextmanager
+    def intervene(self, intervention):
+        """Inside this `with`, every code that would steer is replaced first: in forward and generate, prompt and answer.
+
+        "off" steers nothing; "random" draws codes uniformly; a function gets the codes (rows, M) and returns as many.
+        While generating, the function sees the grid as far as it is written (-1 beyond) and its answer holds for the
+        chunks that begin now. A chunk that is not steered (-1) stays so. Raises ValueError for another word."""
+        known = {
+            "off": lambda codes: torch.full_like(codes, -1),
+            "random": lambda codes: torch.randint_like(codes, self.num_codes),
+        }
+        if not callable(intervention) and intervention not in known:
+            raise ValueError(f'intervene() takes "off", "random" or a function of codes, not {intervention!r}.')
+        before, self._intervention = self._intervention, known.get(intervention, intervention)
+        try:
+            yield self
+        finally:
+            self._intervention = before
+
+    def save_pretrained(self, directory):
+        """Write an ordinary Hugging Face folder (the LM) plus `dlr.safetensors` and `dlr_config.json`."""
+        save_lm(self.lm, directory)
+        own = {"codebook": self.codebook, "router.weight": self.router.weight, "bigram": self.bigram}
+        save_file({name: t.detach().contiguous().cpu() for name, t in own.items()}, Path(directory, "dlr.safetensors"))
+        config = {name: getattr(self, name) for name in ("num_codes", "chunk_size", "layer", "scale")}
+        Path(directory, "dlr_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory, **kwargs):
+        """Load what `save_pretrained` wrote; `kwargs` go to `AutoModelForCausalLM.from_pretrained`.
+
+        Raises FileNotFoundError where the folder holds no codebook."""
+        config = Path(directory, "dlr_config.json")
+        if not config.is_file():
+            raise FileNotFoundError(f"{directory} has no dlr_config.json: it was not written by save_pretrained.")
+        lm = AutoModelForCausalLM.from_pretrained(directory, **kwargs)
+        model = cls(lm, **json.loads(config.read_text()))
+        model.load_state_dict(load_file(Path(directory, "dlr.safetensors")), strict=False)
+        return model.eval()
+
+    def _grid(self, input_ids, attention_mask):
+        """The chunk grid of a batch, and what the LM has to be told of its padding."""
+        batch, length = input_ids.shape
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        lengths, start = mask.sum(1), mask.argmax(1)  # (B,) real tokens, and where they begin
+        longest, left_padded = length, False
+        if attention_mask is not None:
+            longest, left_padded = torch.stack([lengths.max(), start.max()]).tolist()  # one wait for the device
+        position = torch.arange(length, device=input_ids.device) - start[:, None]  # (B, T), < 0 before the text
+        outside = (position < 0) | (position >= lengths[:, None])
+        chunk = torch.arange(-(-longest // self.chunk_size), device=input_ids.device) * self.chunk_size  # (M,)
+        return {
+            # A causal LM never looks at padding on the right: without a mask it runs the faster attention.
+            "padding": {"attention_mask": mask, **self._position_ids(position)} if left_padded else {},
+            "chunk": (position // self.chunk_size).masked_fill(outside, -1),
+            "first": (start[:, None] + chunk).clamp(max=length - 1),
+            "real": chunk < lengths[:, None],
+        }
+
+    def _position_ids(self, position):
+        # models with relative positions (ALiBi) take none
+        accepted = "position_ids" in inspect.signature(self._backbone[0].forward).parameters
+        return {"position_ids": position.clamp(min=0)} if accepted else {}
+
+    def _route(self, trunk):
+        width = trunk.hidden.shape[-1]
+        first = trunk.hidden.detach().gather(1, trunk.first[..., None].expand(-1, -1, width))  # (B, M, H)
+        return self.router(first.to(self.router.weight.dtype)).float()  # (B, M, C)
+
+    def _argmax(self, trunk):
+        return self._route(trunk).argmax(-1).masked_fill(~trunk.real, -1)
+
+    def _above(self, module, trunk, codes):
+        """Run `module` (the LM or its backbone) from the steered trunk on; rows of the output are text-major (B * R)."""
+        grid = codes if codes.dim() == 3 else codes[:, None]  # (B, R, M)
+        chunks = trunk.real.shape[1]
+        if grid.shape[0] != len(trunk.hidden) or grid.shape[-1] < chunks:
+            raise ValueError(f"codes {tuple(codes.shape)} must be (B, M) or (B, R, M) with B = {len(trunk.hidden)} "
+                             f"texts and M = {chunks} chunks of {self.chunk_size} tokens.")
+        repeats = grid.shape[1]
+        chunk = trunk.chunk[:, None].expand(-1, repeats, -1)  # (B, R, T)
+        grid = self._intervened(grid.flatten(0, 1)).view(grid.shape)
+        token_codes = grid.gather(-1, chunk.clamp(min=0)).masked_fill(chunk < 0, -1)
+        steered = (trunk.hidden[:, None] + self._vectors(token_codes, trunk.hidden.dtype)).flatten(0, 1)
+        padding = {name: t.repeat_interleave(repeats, 0) for name, t in trunk.padding.items()}
+        skipped = {block: _identity for block in self._blocks[: self.layer]}
+        with _replaced_forward({**skipped, self._blocks[self.layer]: lambda *args, **kwargs: steered}):
+            # The real ids go in for what the LM derives from them besides embeddings; the trunk's blocks do nothing.
+            return module(input_ids=trunk.input_ids.repeat_interleave(repeats, 0), use_cache=False, **padding)
+
+    def _vectors(self, token_codes, dtype):
+        """(1): alpha * e for codes of any shape (...), zero where the code is -1 -> (..., H)."""
+        vectors = F.embedding(token_codes.clamp(min=0), self.codebook) * (token_codes >= 0)[..., None]
+        return (self.scale * vectors).to(dtype)
+
+    def _intervened(self, codes):
+        if self._intervention is None:
+            return codes
+        return torch.where(codes >= 0, self._intervention(codes).to(codes), codes)
+
+    def _head(self, states, output):
+        """Final hidden states (n, H) -> logits (n, V): the LM itself, whose backbone just returns `output` with these
+        states in it, so that a soft-cap or a logit scale is applied without knowing of it."""
+        output = replace(output, last_hidden_state=states[None])
+        with _replaced_forward({self._backbone[0]: lambda *args, **kwargs: output}):
+            return self.lm(input_ids=states.new_zeros(1, len(states), dtype=torch.long), use_cache=False).logits[0]
+
+    @contextmanager
+    def _steered_decoding(self, pads):
+        """Steer every forward of the LM inside; yields a list that grows by the token codes (B', q) of each forward."""
+        steps, call = [], {}
+
+        def before(backbone, args, kwargs):
+            # How far the cache reaches is known only before the blocks run: the first of them extends it.
+            cache = kwargs.get("past_key_values")
+            start = 0 if cache is None else int(cache.get_seq_length())
+            if start and not hasattr(cache, "dlr_grid"):
+                raise ValueError("This cache was filled without steering: generate from the text instead.")
+            call.update(cache=cache, start=start)
+
+        def steer(block, args, hidden):
+            grid = None if call["start"] == 0 else call["cache"].dlr_grid
+            token_codes, grid = self._extend(grid, hidden, call["start"], pads)
+            if call["cache"] is not None:
+                _carry(call["cache"], grid)
+            steps.append(token_codes)
+            return hidden + self._vectors(token_codes, hidden.dtype)
+
+        hooks = [
+            self._backbone[0].register_forward_pre_hook(before, with_kwargs=True),
+            self._blocks[self.layer].register_forward_hook(steer),
+        ]
+        try:
+            yield steps
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _extend(self, grid, hidden, start, pads):
+        """Route the chunks that begin among q new tokens -> their codes (B', q), and the grid (2, B', M) so far: what
+        the router said, and what steers. A chunk begun earlier keeps its code."""
+        rows, new = hidden.shape[:2]
+        pads = pads.repeat_interleave(rows // len(pads))  # beams and several samples of a prompt are neighbours
+        position = torch.arange(start, start + new, device=hidden.device) - pads[:, None]  # (B', q)
+        chunk = position // self.chunk_size  # < 0 at padding
+        width = (start + new - 1) // self.chunk_size + 1
+        old = hidden.new_full((2, rows, width + 1), -1, dtype=torch.long)  # its last column takes what is not kept
+        if grid is not None:
+            old[..., : grid.shape[-1]] = grid
+        begins = (position >= 0) & (position % self.chunk_size == 0)
+        target = torch.where(begins, chunk, width)
+        routed, used = old
+        routed = routed.scatter(1, target, self.router(hidden.to(self.router.weight.dtype)).argmax(-1))[:, :width]
+        begun = torch.zeros_like(used, dtype=torch.bool).scatter(1, target, True)[:, :width]
+        used = torch.where(begun, self._intervened(routed), used[:, :width])
+        return used.gather(1, chunk.clamp(min=0)).masked_fill(chunk < 0, -1), torch.stack([routed, used])
+
+
+def find_blocks(lm):
+    """-> (backbone, blocks): the shallowest ModuleList with one entry per layer, and the module that owns it.
+
+    Raises ValueError for an encoder-decoder, or where there is no such list."""
+    config = lm.config.get_text_config()
+    if getattr(lm.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(lm).__name__} is an encoder-decoder; DLR steers decoder-only language models.")
+    lists = [(name, module) for name, module in lm.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers]
+    if not lists:
+        raise ValueError(f"{type(lm).__name__} has no list of {config.num_hidden_layers} blocks to steer.")
+    name, blocks = min(lists, key=lambda item: item[0].count("."))
+    return lm.get_submodule(name.rpartition(".")[0]), blocks
+
+
+def save_lm(lm, directory):
+    """`lm.save_pretrained`, also for an LM that was loaded from a GGUF file (transformers refuses to save those)."""
+    if getattr(lm.config, "quantization_config", None) is not None:
+        config = copy.deepcopy(lm.config)
+        del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=lm.dtype)
+        plain.load_state_dict(lm.state_dict())
+        plain.generation_config = lm.generation_config
+        lm = plain
+    lm.save_pretrained(directory)
+
+
+def _counted(trunk, response_mask):
+    """Which tokens t >= 1 the losses count (B, T - 1): response tokens that a real token precedes."""
+    real = trunk.chunk >= 0
+    return response_mask[:, 1:].bool() & real[:, 1:] & real[:, :-1]
+
+
+def _identity(hidden, *args, **kwargs):
+    return hidden
+
+
+@contextmanager
+def _replaced_forward(replacements):
+    """{module: function}: these modules run that function instead of their forward; undone on any exit."""
+    before = {module: module.__dict__.get("forward") for module in replacements}
+    try:
+        for module, function in replacements.items():
+            module.forward = function
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
+@contextmanager
+def _eval_mode(module):
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _carry(cache, grid):
+    """Keep the code grid with the cache it belongs to: beam search reorders the cache, and so the grid with it."""
+    if not hasattr(cache, "dlr_grid"):
+        reorder = cache.reorder_cache
+
+        def reorder_both(rows):
+            reorder(rows)
+            cache.dlr_grid = cache.dlr_grid.index_select(1, rows.to(cache.dlr_grid.device))
+
+        cache.reorder_cache = reorder_both
+    cache.dlr_grid = grid
+
+
+def _codes_of_rows(steps, output, pads, chunk_size):
+    """The codes (rows, M) that steered each row of a `generate` output, from the token codes (B', q) of its forwards."""
+    rows = len(output.sequences)
+    parents = getattr(output, "beam_indices", None)  # (rows, steps): the beam that each token was predicted from
+    if parents is None:
+        parents = torch.arange(rows, device=pads.device)[:, None].expand(-1, len(steps))
+    tokens = []
+    for t in range(min(len(steps), parents.shape[1])):
+        codes = steps[t] if t == 0 else steps[t][:, -1:]  # without a cache every step holds the whole text
+        ended = parents[:, t, None] < 0
+        tokens.append(codes[parents[:, t].clamp(min=0).long()].masked_fill(ended, -1))
+    tokens = torch.cat(tokens, 1)
+    pads = pads.repeat_interleave(rows // len(pads))
+    chunk = (torch.arange(tokens.shape[1], device=tokens.device) - pads[:, None]) // chunk_size
+    grid = tokens.new_full((rows, max(0, int(chunk.max())) + 1), -1)
+    return grid.scatter_reduce(1, chunk.clamp(min=0), tokens, "amax")  # one code a chunk; padding adds -1
