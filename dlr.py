@@ -210,13 +210,11 @@ class DLRModel(nn.Module):
         with _eval_mode(self.lm):
             trunk = trunk or self.trunk(input_ids, attention_mask)
             logits = self._route(trunk)  # (B, M, C)
-            if temperature == 0:
-                drawn = logits.argmax(-1)[:, None].expand(-1, rollouts, -1)
-            else:
-                p = (logits / temperature).softmax(-1).flatten(0, 1)  # (B * M, C)
-                drawn = torch.multinomial(p, rollouts, replacement=True, generator=generator)  # (B * M, R)
-                drawn = drawn.view(*trunk.real.shape, rollouts).transpose(1, 2)
-            drawn = drawn.masked_fill(~trunk.real[:, None], -1)  # (B, R, M)
+            # argmax of z + tau * Gumbel noise is a draw from softmax(z / tau), and the argmax itself at tau = 0
+            noise = torch.empty(len(logits), rollouts, *logits.shape[1:], device=logits.device)  # (B, R, M, C)
+            noise = -noise.exponential_(generator=generator).log()
+            drawn = (logits[:, None] + temperature * noise).argmax(-1)  # (B, R, M)
+            drawn = drawn.masked_fill(~trunk.real[:, None], -1)
             with torch.autocast(input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 scores = self.log_likelihood(input_ids, response_mask, drawn, trunk=trunk)  # (B, R)
         winner = scores.argmax(1)[:, None, None].expand(-1, 1, drawn.shape[-1])

@@ -1,0 +1,384 @@
+"""train.py and eval.py through their command lines, on tiny models and sums; and their pieces against other ways."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import data
+import eval as evaluation
+import train
+from dlr import DLRModel
+
+ROOT = Path(__file__).resolve().parent.parent
+SUMS = ["--data", "arithmetic", "--n", "96", "--val", "8", "--test", "12", "--batch-size", "8", "--codes", "4",
+        "--rollouts", "3", "--scale", "1", "--lr", "1e-3", "--code-lr", "1e-2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A local model folder: an untaught GPT-2 with dropout (which a resumed run has to repeat) and its tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "little"
+    torch.manual_seed(0)
+    tokenizer = data.arithmetic_tokenizer()
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=3, n_embd=32, n_head=2, n_positions=64,
+                               bos_token_id=None, eos_token_id=tokenizer.eos_token_id)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def call(main, *args):
+    """main(argv) in this process -> the message it exits with."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(arg) for arg in args])
+    assert isinstance(stopped.value.code, str) and len(stopped.value.code.splitlines()) == 1, stopped.value.code
+    return stopped.value.code
+
+
+def command(*args, script="train.py"):
+    return [sys.executable, str(ROOT / script), *map(str, args)]
+
+
+def run(*args, cwd, script="train.py", env=None):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(command(*args, script=script), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def log_of(out):
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
+
+
+def test_a_run_from_command_to_checkpoint_and_back(folder, tmp_path, monkeypatch):
+    done = run("--model", folder, *SUMS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "little-arithmetic-dlr-s0"
+    assert {path.name for path in out.iterdir()} == {"config.json", "log.jsonl", "metrics.json", "predictions.jsonl",
+                                                     "model"}
+    log = log_of(out)
+    assert [line["step"] for line in log] == list(range(12))
+    for line in log:
+        assert line["best_nll"] <= line["mean_nll"] and 0 < line["codes_used"] <= 1
+        weighted = line["generalist"] + line["steered"] + 0.5 * line["policy"] + 0.1 * line["prior"]
+        assert line["total"] == pytest.approx(weighted, rel=1e-4)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics["test"]) == ["base", "steered", "off", "random", "other"]
+    for name in metrics["test"]:
+        assert f"\n{name} " in done.stdout
+    config = json.loads((out / "config.json").read_text())
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    assert config["trained_parameters"] == sum(p.numel() for p in lm.parameters()) + 2 * 4 * 32
+
+    before = (out / "predictions.jsonl").read_text(), (out / "metrics.json").read_text()
+    again = run(out, "--device", "cpu", script="eval.py", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    parse = lambda text: sorted(text.splitlines())
+    assert parse((out / "predictions.jsonl").read_text()) == parse(before[0])
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(before[1])
+
+    # a finished run is not lost by accident
+    monkeypatch.chdir(tmp_path)
+    assert "--overwrite" in call(train.main, "--model", folder, *SUMS)
+    assert (out / "metrics.json").read_text()
+    train.main(["--model", str(folder), *SUMS, "--method", "sft", "--out", str(out), "--overwrite"])
+    assert list(json.loads((out / "metrics.json").read_text())["test"]) == ["base", "sft"]
+    assert not (out / "model" / "dlr.safetensors").exists()
+
+
+@pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "sft")])
+def test_an_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, how, method):
+    settings = ["--model", str(folder), *SUMS, "--method", method, "--epochs", "4", "--accumulate", "2", "--save-every", "3"]
+    monkeypatch.chdir(tmp_path)
+    train.main([*settings, "--out", "whole"])
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(*settings, "--out", "cut"), cwd=tmp_path, env=env, stderr=subprocess.PIPE)
+    log = tmp_path / "cut" / "log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 5):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(how)
+    assert process.wait() != 0
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    assert 5 <= len(log.read_text().splitlines()) < 24
+
+    assert "--resume" in call(train.main, *settings, "--out", "cut")
+    assert "--lr was 0.001" in call(train.main, *settings, "--lr", "0.5", "--out", "cut", "--resume")
+    train.main([*settings, "--out", "cut", "--resume"])
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    for name in ("metrics.json", "predictions.jsonl"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    states = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("cut", "whole")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatch, capsys):
+    """Half the data of the default: steering must beat the frozen LM, and only with the router's own codes."""
+    done = run("--n", "3840", "--val", "100", "--test", "500", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "frozen" in done.stdout and "--no-freeze" in done.stdout
+    out = tmp_path / "runs" / "tiny-arithmetic-dlr-s0"
+    test = json.loads((out / "metrics.json").read_text())["test"]
+    strict = {name: row["strict"][0] for name, row in test.items()}
+    assert strict["base"] == strict["off"] and test["base"]["nll"] == test["off"]["nll"]
+    assert strict["steered"] > strict["off"] + 0.03 and strict["steered"] > strict["random"] + 0.1
+    assert strict["steered"] > strict["other"] + 0.03
+    taught = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny-3digit-sums-s0").state_dict()
+    frozen = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    assert all(torch.equal(taught[name], frozen[name]) for name in taught)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--n", "64", "--val", "8", "--test", "8", "--no-freeze", "--out", "runs/along"])
+    assert "teaching" not in capsys.readouterr().err
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "along" / "model").state_dict()
+    assert not torch.equal(moved["transformer.wte.weight"], taught["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--data", "gsm9k"], "gsm8k"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+    (["--data", "gsm8k", "--data-dir", "nowhere"], "nowhere/gsm8k"),
+    (["--data", "mine.jsonl", "--n", "50"], "the largest n is"),
+    (["--chunk", "0"], "--chunk is 0"),
+    (["--codes", "-3"], "--codes is -3"),
+    (["--layer", "3"], "blocks 0 to 2"),
+    (["--lr", "-1"], "--lr is -1"),
+    (["--freeze", "--method", "sft"], "leaves nothing to train"),
+    (["--model", "empty"], "no config.json"),
+    (["--model", "nowhere.gguf"], "nowhere.gguf does not exist"),
+    (["--model", "no/such-model"], "pass a model folder"),
+    (["--device", "cudaa"], "--device cudaa"),
+    (["--model", "tiny", "--data", "mine.jsonl"], "--model tiny only reads arithmetic"),
+    (["--resume"], "holds no run to resume"),
+])
+def test_bad_input_is_answered_in_one_sentence(folder, tmp_path, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    rows = [json.dumps({"prompt": f"{i}+0=", "response": f"#### {i}"}) for i in range(30)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    assert said in call(train.main, "--model", folder, "--data", "mine.jsonl", *flags)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_choice_that_does_not_exist_lists_those_that_do(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--method", "drl"])
+    assert "'dlr', 'sft'" in capsys.readouterr().err or "dlr, sft" in capsys.readouterr().err
+
+
+def test_an_infinite_loss_names_step_and_batch(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sentence = call(train.main, "--model", folder, *SUMS, "--lr", "1e30")
+    assert "Step " in sentence and "training examples [" in sentence
+
+
+def test_eval_compares_runs_in_pairs(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed in ("0", "1"):
+        train.main(["--model", str(folder), *SUMS, "--method", "sft", "--seed", seed])
+    runs = [f"runs/little-arithmetic-sft-s{seed}" for seed in (0, 1)]
+    capsys.readouterr()
+    evaluation.main([*runs, "--test", "7"])
+    printed = capsys.readouterr().out
+    assert f"{runs[0]} - {runs[1]}: " in printed and "7 test examples" in printed
+    assert "not a finished run" in call(evaluation.main, "runs")
+
+
+def test_a_local_file_of_prompts_and_responses(tmp_path, monkeypatch):
+    """A model whose tokenizer is not ours, text without '####', pad token = end of text."""
+    path = word_level_gpt2(tmp_path / "words")
+    rows = [{"prompt": f"say {word}", "response": f"{word} {word}"} for word in "a b c d e f g h i j k l".split()]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", str(path), "--data", "mine.jsonl", "--val", "1", "--test", "1", "--max-new-tokens", "4",
+                "--lr", "1e-3", "--batch-size", "2"])
+    assert len(log_of(tmp_path / "runs" / "words-mine-dlr-s0")) == 5
+
+
+def word_level_gpt2(path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<eos>", "<unk>", "say", *"abcdefghijkl", "Question", "Answer", ":", "#", *"0123456789"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>",
+                                        unk_token="<unk>")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_layer=2, n_embd=16, n_head=2, n_positions=128, bos_token_id=0,
+                               eos_token_id=0)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tmp_path_factory):
+    """An HF_HOME that holds a tiny GPT-2 as the hub's `gpt2`, and a few items as its `openai/gsm8k`, config `main`."""
+    import datasets
+
+    home = tmp_path_factory.mktemp("hf_home")
+    snapshot = home / "hub" / "models--gpt2" / "snapshots" / ("0" * 40)
+    word_level_gpt2(snapshot)
+    (home / "hub" / "models--gpt2" / "refs").mkdir()
+    (home / "hub" / "models--gpt2" / "refs" / "main").write_text("0" * 40)
+    source = tmp_path_factory.mktemp("gsm8k")
+    for split, count in (("train", 12), ("test", 3)):
+        rows = [{"question": f"{split} {i}?", "answer": f"say <<1+1=2>>{i}\n#### {i}"} for i in range(count)]
+        (source / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = {split: str(source / f"{split}.jsonl") for split in ("train", "test")}
+    builder = datasets.load_dataset_builder("json", data_files=files, cache_dir=str(source / "cache"))
+    builder.download_and_prepare()
+    prepared = home / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / ("1" * 40)
+    prepared.mkdir(parents=True)
+    for arrow in Path(builder.cache_dir).glob("*.arrow"):
+        (prepared / arrow.name.replace("json-", "gsm8k-")).write_bytes(arrow.read_bytes())
+    info = json.loads((Path(builder.cache_dir) / "dataset_info.json").read_text())
+    info.update(builder_name="gsm8k", dataset_name="gsm8k", config_name="main")
+    for split in info["splits"].values():
+        split["dataset_name"] = "gsm8k"
+    (prepared / "dataset_info.json").write_text(json.dumps(info))
+    return home
+
+
+def test_the_readme_command_with_a_hub_name_and_a_hub_dataset(hub_cache, tmp_path):
+    """`--model gpt2 --data gsm8k` itself, with sizes that fit the few cached items."""
+    env = {"HF_HOME": str(hub_cache), "HF_HUB_OFFLINE": "1"}
+    done = run("--model", "gpt2", "--data", "gsm8k", "--n", "8", "--val", "2", "--test", "3", "--max-new-tokens", "8",
+               cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "gpt2-gsm8k-dlr-s0"
+    assert len(log_of(out)) == 1 and (out / "model" / "dlr.safetensors").is_file()
+    too_many = run("--model", "gpt2", "--data", "gsm8k", "--n", "256", "--val", "2", "--test", "3", cwd=tmp_path, env=env)
+    assert "the largest n is 10" in too_many.stderr.strip().splitlines()[-1]
+
+
+def test_without_network_and_cache_one_sentence_says_what_to_pass(tmp_path):
+    done = run("--model", "gpt2", "--data", "gsm8k", "--n", "256", cwd=tmp_path,
+               env={"HF_HOME": str(tmp_path / "nothing"), "HF_HUB_OFFLINE": "1"})
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "--data-dir" in sentence and "--model FOLDER" in sentence
+
+
+def little_model(folder, **settings):
+    model = DLRModel(AutoModelForCausalLM.from_pretrained(folder), **settings).eval()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.codebook, std=3.0)
+    torch.nn.init.normal_(model.router.weight, std=1.0)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def test_the_sft_loss_is_the_lms_own(folder):
+    model, tokenizer = little_model(folder)
+    ids, mask, response = data.collate(data.encode(data.arithmetic(6), tokenizer)[0])
+    labels = ids.masked_fill(~response, -100)
+    expected = model.lm(input_ids=ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(train.sft_loss(model, ids, mask, response), expected)
+
+
+def test_accumulated_batches_step_like_one(folder, tmp_path):
+    """SFT on texts of unequal length: two batches of 4 make the step of one batch of 8."""
+    weights = []
+    examples = data.arithmetic(4, digits=2) + data.arithmetic(4, digits=5)
+    for size in (4, 8):
+        model, tokenizer = little_model(folder)
+        out = tmp_path / str(size)
+        out.mkdir()
+        args = train.parse_args(["--model", str(folder), "--method", "sft", "--batch-size", str(size), "--accumulate",
+                                 str(8 // size), "--lr", "1e-3", "--out", str(out)])
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        assert train.train(args, model, data.encode(examples, tokenizer)[0], None, torch.device("cpu"))
+        weights.append(model.lm.transformer.h[0].mlp.c_fc.weight)
+    before = AutoModelForCausalLM.from_pretrained(folder).transformer.h[0].mlp.c_fc.weight
+    assert (weights[0] - before).abs().max() > 1e-4
+    torch.testing.assert_close(weights[0], weights[1], atol=2e-6, rtol=1e-4)
+
+
+def test_batched_answers_equal_single_ones(folder):
+    model, tokenizer = little_model(folder, num_codes=4, chunk_size=3, scale=1.0)
+    examples = data.arithmetic(4, digits=2) + data.arithmetic(5, digits=6)
+    for use in (None, "off"):
+        batched = evaluation.answer(model, tokenizer, examples, use, max_new_tokens=9, batch_size=4)
+        single = evaluation.answer(model, tokenizer, examples, use, max_new_tokens=9, batch_size=1)
+        assert batched[0] == single[0] and torch.equal(batched[1], single[1])
+    shown = [row["tokens"] for row in batched[0]]
+    assert all(n <= 9 for n in shown)
+
+
+def test_another_examples_codes_really_steer(folder):
+    model, tokenizer = little_model(folder, num_codes=4, chunk_size=3, scale=1.0)
+    examples = data.arithmetic(6)
+    _, codes = evaluation.answer(model, tokenizer, examples, max_new_tokens=6, batch_size=3)
+    others = evaluation.others_codes(codes)
+    _, used = evaluation.answer(model, tokenizer, examples, others, max_new_tokens=6, batch_size=4)
+    width = min(used.shape[1], others.shape[1])
+    decided = (others[:, :width] >= 0) & (used[:, :width] >= 0)
+    assert decided.any() and torch.equal(used[:, :width][decided], others[:, :width][decided])
+
+
+def test_others_codes_rotate_each_position():
+    codes = torch.tensor([[1, 2, 3], [4, 5, -1], [6, -1, -1]])
+    assert evaluation.others_codes(codes).tolist() == [[6, 5, -1], [1, 2, -1], [4, -1, -1]]
+    table = evaluation.table_intervention(torch.tensor([[7, -1]]))
+    assert table(torch.tensor([[0, 1, 2]])).tolist() == [[7, 1, 2]]
+
+
+def test_response_nll_counts_response_tokens_with_their_end(folder):
+    model, tokenizer = little_model(folder)
+    examples = data.arithmetic(5)
+    total = count = 0
+    for example in examples:
+        prompt = tokenizer(example.prompt).input_ids
+        response = tokenizer(example.response).input_ids + [tokenizer.eos_token_id]
+        log_p = model(torch.tensor([prompt + response]))[0].log_softmax(-1)
+        total -= sum(log_p[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
+        count += len(response)
+    assert evaluation.response_nll(model, tokenizer, examples, batch_size=2) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_intervals():
+    rng = np.random.default_rng(0)
+    values = rng.random(400) < 0.3
+    mean, low, high = evaluation.interval(values)
+    assert mean == values.mean()
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(mean - half, abs=0.01) and high == pytest.approx(mean + half, abs=0.01)
+    assert evaluation.interval([True] * 9) == (1.0, 1.0, 1.0)
+    assert evaluation.compare(values, values) == (0.0, 0.0, 0.0)
+    better = values | (rng.random(400) < 0.2)
+    mean, low, high = evaluation.compare(better, values)
+    assert 0 < low < mean < high and mean == pytest.approx(better.mean() - values.mean())
+
+
+def test_the_embedded_settings_give_way_to_flags():
+    args = train.parse_args([])
+    assert (args.codes, args.chunk, args.rollouts, args.freeze, args.layer) == (8, 1, 4, True, 0)
+    args = train.parse_args(["--codes", "5", "--no-freeze"])
+    assert (args.codes, args.chunk, args.freeze) == (5, 1, False)
+    args = train.parse_args(["--model", "gpt2", "--data", "gsm8k"])
+    assert (args.codes, args.chunk, args.rollouts, args.scale, args.layer) == (32, 4, 8, 0.1, None)
+    assert (args.lr, args.code_lr, args.alpha_policy, args.alpha_reg, args.freeze) == (1e-5, 1e-3, 0.5, 0.1, False)
+    assert args.out == "runs/gpt2-gsm8k-dlr-s0" and args.max_new_tokens == 256
+
+
+needs_real = pytest.mark.skipif(not (os.environ.get("DLR_DATA_DIR") and os.environ.get("DLR_GGUF")),
+                                reason="set DLR_DATA_DIR (real data) and DLR_GGUF (a pretrained model) to run this")
+
+
+@needs_real
+def test_a_pretrained_gguf_on_real_data(tmp_path):
+    done = run("--model", os.environ["DLR_GGUF"], "--data", "commonsense_qa", "--data-dir", os.environ["DLR_DATA_DIR"],
+               "--n", "8", "--batch-size", "4", "--val", "2", "--test", "4", "--max-new-tokens", "12", "--rollouts", "4",
+               "--out", "run", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    again = run("run", script="eval.py", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
+    assert again.returncode == 0, again.stderr
+    assert sorted((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == sorted(lines)

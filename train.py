@@ -1,0 +1,413 @@
+"""Post-train a language model with Dynamic Latent Routing (or plain SFT), evaluate it, save it.
+
+    python train.py                                             # embedded default: nothing to download, about 2 minutes
+    python train.py --model gpt2 --data gsm8k --n 256           # a model and a data set from the Hugging Face hub
+    python train.py --model gpt2 --data gsm8k --n 256 --method sft      # the same without codes: what to compare with
+    python train.py --model ./my-model --data ./my.jsonl        # a local folder (or file.gguf), lines of prompt, response
+
+Each step: *search* N code sequences for every text of the batch, *select* the likeliest, *update* LM, codebook and
+router together (equations in dlr.py). One page, top to bottom: settings, checks, model, the step, the loop, the end.
+
+The embedded default is a setting in which codes carry weight: a GPT-2 of two blocks is first taught to add three-digit
+numbers (and kept), the way a pretrained model arrives; then DLR, with that LM frozen, steers it on a little hard
+addition with long carry chains. --no-freeze trains the LM along.
+
+Under --out: config.json (settings, versions), log.jsonl (a line a step), metrics.json, predictions.jsonl, model/ (a
+Hugging Face folder; DLRModel.from_pretrained loads it) and, until the run has finished, state.pt to resume from.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import transformers
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import data
+from dlr import DLRModel, mean_nll, save_lm
+from eval import CONDITIONS, choose_device, evaluate, response_nll, table, write_results
+
+# What --model tiny means unless a flag says otherwise. Found on validation sums; a real LM wants the other defaults.
+EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=3e-2, lr=1e-4,
+                batch_size=64, eval_batch_size=500, freeze=True)
+
+
+def parse_args(argv=None):
+    """The settings of a run. -> argparse.Namespace"""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("model and method")
+    group.add_argument("--model", default="tiny", help="tiny, a hub name, a local folder, or a .gguf file (default: tiny)")
+    group.add_argument("--method", default="dlr", choices=["dlr", "sft"], help="sft is the same loop without codes")
+    group.add_argument("--freeze", action=argparse.BooleanOptionalAction, default=False,
+                       help="train codebook and router only (default: train the LM along; tiny: freeze)")
+    group.add_argument("--codes", type=int, default=32, metavar="C", help="size of the codebook; 1 = a static vector")
+    group.add_argument("--chunk", type=int, default=4, metavar="K", help="tokens a chunk")
+    group.add_argument("--layer", type=int, help="block whose output is steered, from 0 (default: the middle one)")
+    group.add_argument("--scale", type=float, default=0.1, metavar="ALPHA", help="weight of the added code vectors")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="arithmetic", help=f"arithmetic, {', '.join(data.TASKS)}, or a file.jsonl")
+    group.add_argument("--data-dir", help="folder with <task>/<split>.jsonl to read instead of the hub")
+    group.add_argument("--n", type=int, default=0, help="training examples, 0 = all")
+    group.add_argument("--val", type=int, default=50, help="validation examples, held out of the training split")
+    group.add_argument("--test", type=int, default=200, help="test examples, 0 = all")
+    group.add_argument("--max-length", type=int, default=512, help="tokens of prompt + answer; what is longer is cut")
+    group.add_argument("--digits", type=int, default=3, help="arithmetic: digits of each number")
+    group.add_argument("--ops", default="+", choices=["+", "-", "+-"], help="arithmetic: sums, differences, or both")
+    group.add_argument("--nines", type=float, default=0.5, help="arithmetic: share of columns made to carry on")
+    group = parser.add_argument_group("search and loss")
+    group.add_argument("--rollouts", type=int, default=8, metavar="N", help="code sequences drawn; 1 = no search")
+    group.add_argument("--temperature", type=float, default=1.0, metavar="TAU", help="of the draws; 0 = argmax")
+    group.add_argument("--alpha-policy", type=float, default=0.5, help="weight of the router's imitation term")
+    group.add_argument("--alpha-reg", type=float, default=0.1, help="weight of the bigram prior")
+    group.add_argument("--search-dtype", default="float32", choices=["float32", "bfloat16"],
+                       help="precision of the search; bfloat16 rounds away what early rollouts differ by")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", type=float, default=1e-5, help="peak learning rate of the LM")
+    group.add_argument("--code-lr", type=float, default=1e-3, help="peak learning rate of codebook and router")
+    group.add_argument("--batch-size", type=int, default=8, help="texts a forward pass")
+    group.add_argument("--accumulate", type=int, default=1, help="batches an optimiser step")
+    group.add_argument("--epochs", type=int, default=1)
+    group.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                       help="bfloat16: autocast in the update (weights and search stay float32)")
+    group = parser.add_argument_group("run and evaluation")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+    group.add_argument("--out", help="folder of the run (default: runs/<model>-<data>-<method>-s<seed>)")
+    group.add_argument("--save-every", type=int, default=100, help="steps between states to resume from")
+    group.add_argument("--resume", action="store_true", help="go on with an interrupted run (same settings)")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
+    group.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: 256; arithmetic: 16)")
+    group.add_argument("--eval-batch-size", type=int, default=16, help="prompts answered at once")
+    if parser.parse_known_args(argv)[0].model == "tiny":
+        parser.set_defaults(**EMBEDDED)
+    args = parser.parse_args(argv)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = args.digits + 13 if args.data == "arithmetic" else 256
+    if args.out is None:
+        name = lambda text: Path(text).stem if text.endswith((".gguf", ".jsonl")) else Path(text).name
+        args.out = f"runs/{name(args.model)}-{name(args.data)}-{args.method}-s{args.seed}"
+    return args
+
+
+def check_settings(args):
+    """Raises ValueError for a setting that cannot work, before anything is loaded."""
+    for name in ("codes", "chunk", "rollouts", "batch_size", "accumulate", "epochs", "save_every", "eval_batch_size",
+                 "max_new_tokens", "max_length", "digits"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
+    if args.freeze and args.method == "sft":
+        raise ValueError("--freeze with --method sft leaves nothing to train; for --model tiny, add --no-freeze.")
+    if args.model == "tiny" and args.data != "arithmetic":
+        raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
+
+
+def find_model(args):
+    """-> arguments of `from_pretrained` for args.model (tiny excepted), after a look at its config alone.
+
+    Raises OSError where there is no such model, ValueError for a --layer that it does not have."""
+    path = Path(args.model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"--model {path} does not exist; it should be a .gguf file.")
+        where = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"--model {path} is a folder without a model: it has no config.json.")
+        where = dict(pretrained_model_name_or_path=str(path))
+    else:
+        where = dict(pretrained_model_name_or_path=args.model)
+    try:
+        config = AutoConfig.from_pretrained(**where)
+    except (OSError, ValueError) as error:
+        raise OSError(f"--model {args.model} was found neither as a local folder or .gguf file nor on the hub "
+                      f"({first_line(error)}): pass a model folder, or run without --model for the built-in one.")
+    layers = config.get_text_config().num_hidden_layers
+    if args.layer is not None and not 0 <= args.layer < layers:
+        raise ValueError(f"--layer is {args.layer}, but {args.model} has blocks 0 to {layers - 1}.")
+    return where
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def load_model(args, where, splits, device):
+    """-> (lm, tokenizer); the tiny LM is taught first unless it lies in its folder already."""
+    if args.model == "tiny":
+        where = dict(pretrained_model_name_or_path=str(teach_tiny(args, splits, device)))
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(device), tokenizer
+
+
+def teach_tiny(args, splits, device, batch_size=64, most_steps=2000, last_steps=60):
+    """Teach a GPT-2 of two blocks uniform (mostly easy) sums, as a stand-in for a pretrained LM. -> its folder
+
+    Some seeds see the trick late. So that every base arrives equally able, teaching ends a fixed number of steps, with
+    a falling learning rate, after the loss per token first averages less than 0.25 nats."""
+    ops = {"+": "sums", "-": "differences", "+-": "both"}[args.ops]
+    folder = Path(args.out).parent / f"tiny-{args.digits}digit-{ops}-s{args.seed}"
+    if (folder / "config.json").is_file():
+        return folder
+    torch.manual_seed(args.seed)
+    tokenizer = data.arithmetic_tokenizer()
+    lm = GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_layer=2, n_embd=96, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", initializer_range=0.05, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id)).to(device)
+    model = DLRModel(lm)
+    held_out = {example.prompt for part in ("validation", "test") for example in splits[part]}
+    count = min(1000 * batch_size, 10 ** (2 * args.digits) // 4)
+    rows, _, _ = data.encode(data.arithmetic(count, args.digits, args.ops, 0.0, args.seed, held_out), tokenizer)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    bar = tqdm(range(most_steps), "teaching the tiny LM easy sums (kept for later runs)")
+    average, left = 2.5, last_steps
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 20, left / last_steps)
+        batch = [rows[i % len(rows)] for i in range(step * batch_size, (step + 1) * batch_size)]
+        loss = sft_loss(model, *data.collate(batch, device=device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        average = 0.9 * average + 0.1 * loss.item()
+        left -= average < 0.25 or left < last_steps or most_steps - step <= last_steps
+        if left == 0:
+            break
+        bar.set_postfix(loss=f"{average:.3f}", refresh=False)
+    bar.close()
+    half_written = folder.with_name(folder.name + ".part")
+    lm.save_pretrained(half_written)
+    tokenizer.save_pretrained(half_written)
+    half_written.rename(folder)
+    return folder
+
+
+def sft_loss(model, input_ids, mask, response):
+    """Supervised fine-tuning: the unsteered NLL per response token."""
+    trunk = model.trunk(input_ids, mask)
+    unsteered = trunk.first.new_full(trunk.real.shape, -1)
+    tokens = response[:, 1:].sum()
+    return mean_nll(model.log_likelihood(input_ids, response, unsteered, trunk=trunk), tokens)
+
+
+def step_loss(args, model, batch):
+    """One forward of the method: (search, select and) the loss -> (loss to minimise, what to log: {name: tensor})."""
+    input_ids, mask, response = batch
+    if args.method == "sft":
+        loss = sft_loss(model, input_ids, mask, response)
+        return loss, {"loss": loss}
+    trunk = model.trunk(input_ids, mask)  # shared by the search and both paths of the loss
+    found = model.search(input_ids, response, args.rollouts, args.temperature, trunk=trunk,
+                         dtype=getattr(torch, args.search_dtype))
+    loss = model.loss(input_ids, response, found.codes, trunk=trunk, alpha_policy=args.alpha_policy,
+                      alpha_reg=args.alpha_reg)
+    tokens = response.sum()
+    best, mean = found.log_likelihood.max(1).values, found.log_likelihood.mean(1)  # (B,)
+    used = torch.zeros(args.codes + 1, device=tokens.device).index_fill(0, found.codes.flatten() + 1, 1.0)
+    return loss.total, {**loss, "best_nll": mean_nll(best, tokens), "mean_nll": mean_nll(mean, tokens),
+                        "spread": (found.log_likelihood.std(1) if args.rollouts > 1 else best * 0).mean(),
+                        "codes_used": used[1:].mean()}
+
+
+def prepare_out(args):
+    """Make the folder of the run -> the state to resume from, or None. Raises ValueError where that would lose a run."""
+    out = Path(args.out)
+    state, config = out / "state.pt", out / "config.json"
+    if args.overwrite:
+        for name in ("state.pt", "config.json", "log.jsonl", "metrics.json", "predictions.jsonl"):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / "model", ignore_errors=True)
+    elif (out / "metrics.json").is_file():
+        raise ValueError(f"{out} holds a finished run: pass --overwrite to replace it, or another --out.")
+    elif args.resume:
+        if not config.is_file():
+            raise ValueError(f"{out} holds no run to resume: start it without --resume.")
+        before = json.loads(config.read_text())
+        changed = [name for name in set(vars(args)) - {"resume", "overwrite", "device", "save_every"}
+                   if before.get(name) != getattr(args, name)]
+        if changed:
+            differs = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in sorted(changed))
+            raise ValueError(f"--resume needs the settings that {out} began with: {differs}.")
+        return torch.load(state, weights_only=True) if state.is_file() else None
+    elif config.is_file():
+        raise ValueError(f"{out} holds an unfinished run: pass --resume to go on with it, or --overwrite to start anew.")
+    out.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def write_config(args, model):
+    """config.json: every setting, the sizes of what is trained, versions, the commit. -> number of trained parameters"""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    config = {**vars(args), "trained_parameters": trained, "layer_used": model.layer, "python": platform.python_version(),
+              "torch": torch.__version__, "transformers": transformers.__version__,
+              "commit": git.stdout.strip() or None}
+    Path(args.out, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return trained
+
+
+def save_state(args, step, model, optimizer, schedule):
+    """Everything a resumed run needs to go on to the same numbers, written so that a kill cannot leave half of it."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = {"step": step, "trained": trained, "bigram": model.bigram, "optimizer": optimizer.state_dict(),
+             "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    torch.save(state, Path(args.out, "state.part"))
+    os.replace(Path(args.out, "state.part"), Path(args.out, "state.pt"))
+
+
+def load_state(state, model, optimizer, schedule):
+    """Undo `save_state` -> the step to go on with."""
+    model.load_state_dict({**state["trained"], "bigram": state["bigram"]}, strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["step"]
+
+
+def train(args, model, rows, state, device):
+    """The loop. Returns False where Ctrl-C (or SIGTERM) ended it early; the state is saved then."""
+    codes = [model.codebook, model.router.weight] if args.method == "dlr" else []
+    groups = [{"name": "lr", "params": [p for p in model.lm.parameters() if p.requires_grad], "lr": args.lr},
+              {"name": "code_lr", "params": codes, "lr": args.code_lr}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01, fused=True)
+    per_step = args.batch_size * args.accumulate
+    per_epoch = math.ceil(len(rows) / per_step)
+    steps = args.epochs * per_epoch
+    warmup = max(1, steps // 20)
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1))
+    first = load_state(state, model, optimizer, schedule) if state else 0
+    log_path = Path(args.out, "log.jsonl")
+    lines = log_path.read_text().splitlines()[:first] if log_path.is_file() else []  # steps after the state are redone
+    log_path.write_text("".join(line + "\n" for line in lines))
+    interrupted = []
+    handlers = {sig: signal.signal(sig, lambda *_: interrupted.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
+    model.train()
+    try:
+        with open(log_path, "a", buffering=1) as log, tqdm(total=steps, initial=first, desc=args.method) as bar:
+            for step in range(first, steps):
+                epoch, place = divmod(step, per_epoch)
+                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
+                chosen = order[place * per_step : (place + 1) * per_step]
+                line = train_step(args, model, optimizer, schedule, rows, chosen, step, device)
+                log.write(json.dumps({"step": step, "epoch": epoch, **line}) + "\n")
+                shown = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
+                bar.set_postfix({name: f"{line[name]:.3g}" for name in shown if name in line})
+                bar.update()
+                if interrupted or step + 1 == steps or (step + 1) % args.save_every == 0:
+                    save_state(args, step + 1, model, optimizer, schedule)
+                if interrupted:
+                    return False
+    finally:
+        for sig, handler in handlers.items():
+            signal.signal(sig, handler)
+    return True
+
+
+def train_step(args, model, optimizer, schedule, rows, chosen, step, device):
+    """One optimiser step on the chosen rows -> what to log. Raises FloatingPointError where the loss is not finite."""
+    began = time.time()
+    micro = [chosen[i : i + args.batch_size] for i in range(0, len(chosen), args.batch_size)]
+    total = sum(len(rows[i][0]) - rows[i][1] for i in chosen)  # response tokens of the whole step
+    logged = {}
+    for part in micro:
+        share = sum(len(rows[i][0]) - rows[i][1] for i in part) / total
+        batch = data.collate([rows[i] for i in part], device=device)
+        use = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+        with use:
+            loss, values = step_loss(args, model, batch)
+        (share * loss).backward()
+        for name, value in values.items():
+            logged[name] = logged.get(name, 0) + share * value.detach()
+    logged["grad_norm"] = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+    line = dict(zip(logged, torch.stack(list(logged.values())).tolist()))  # the one wait for the device
+    if not all(map(math.isfinite, line.values())):
+        raise FloatingPointError(f"Step {step}: {line} is not finite (training examples {chosen}); nothing was updated. "
+                                 f"Lower --lr, --code-lr or --scale, or use --dtype float32.")
+    line.update({group["name"]: group["lr"] for group in optimizer.param_groups})
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    line["tokens_per_s"] = sum(len(rows[i][0]) for i in chosen) / (time.time() - began)
+    return line
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        check_settings(args)
+        device = choose_device(args.device)
+        if args.model == "tiny" and device.type == "cpu":
+            torch.set_num_threads(1)  # its matrices are too small to share out: a second thread only gets in the way
+        splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops,
+                           args.nines)
+        where = None if args.model == "tiny" else find_model(args)
+        state = prepare_out(args)
+        lm, tokenizer = load_model(args, where, splits, device)
+        rows, cut, dropped = data.encode(splits["train"], tokenizer, args.max_length)
+        torch.manual_seed(args.seed)
+        model = DLRModel(lm, args.codes, args.chunk, args.layer, args.scale).to(device)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+    lm.requires_grad_(not args.freeze)
+    for parameter in (model.codebook, model.router.weight):
+        parameter.requires_grad_(args.method == "dlr")
+    trained = write_config(args, model)
+    print(f"{args.method} on {args.data}: {len(rows)} training texts ({cut} cut at {args.max_length} tokens, {dropped} "
+          f"too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} parameters trained")
+    if args.model == "tiny" and args.freeze:
+        print("The LM is frozen here, so that only codes can help; --no-freeze trains it along.")
+    try:
+        finished = train(args, model, rows, state, device)
+    except FloatingPointError as error:
+        sys.exit(f"train.py: {error}")
+    if not finished:
+        sys.exit(f"Interrupted; the same command with --resume goes on from here. State: {args.out}/state.pt")
+    finish(args, model, tokenizer, splits, where, device)
+
+
+def finish(args, model, tokenizer, splits, where, device):
+    """Save the model, answer the test set under every condition, print the table."""
+    folder = Path(args.out, "model")
+    model.save_pretrained(folder) if args.method == "dlr" else save_lm(model.lm, folder)
+    tokenizer.save_pretrained(folder)
+    settings = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, batch_size=args.eval_batch_size)
+    model.eval()
+    validation = response_nll(model, tokenizer, splits["validation"], None if args.method == "dlr" else "off",
+                              args.max_length, args.eval_batch_size)  # None without validation examples
+    metrics, predictions = evaluate(model, tokenizer, splits["test"], CONDITIONS[args.method], **settings)
+    if args.freeze:  # the LM is the one it was
+        base, base_predictions = {"base": metrics["off"]}, {"base": predictions["off"]}
+    else:
+        del model
+        lm, _ = load_model(args, where, splits, device)
+        base, base_predictions = evaluate(DLRModel(lm).to(device), tokenizer, splits["test"], ["base"], **settings)
+    metrics, predictions = {**base, **metrics}, {**base_predictions, **predictions}
+    write_results(args.out, metrics, predictions, validation={"nll": validation})
+    Path(args.out, "state.pt").unlink(missing_ok=True)
+    print(f"\n{len(splits['test'])} test examples of {args.data}, greedy:\n{table(metrics)}")
+    print(f"validation NLL: {validation and round(validation, 4)}. Saved in {args.out}: model/, metrics.json, "
+          f"predictions.jsonl, log.jsonl.")
+
+
+if __name__ == "__main__":
+    main()
