@@ -133,7 +133,8 @@ class DLRModel(nn.Module):
 
     def __init__(self, lm, num_codes=32, chunk_size=4, layer=None, scale=0.1):
         super().__init__()
-        backbone, blocks = find_blocks(lm)
+        self._blocks_name = find_blocks(lm)
+        blocks = lm.get_submodule(self._blocks_name)
         layer = len(blocks) // 2 if layer is None else layer
         if not 0 <= layer < len(blocks):
             raise ValueError(f"layer is {layer}, but this LM has blocks 0 to {len(blocks) - 1}.")
@@ -142,7 +143,6 @@ class DLRModel(nn.Module):
         self.lm = lm
         self.num_codes, self.chunk_size, self.layer, self.scale = num_codes, chunk_size, layer, scale
         self.last_codes = None  # (B, M) what the last generate() was steered with
-        self._backbone, self._blocks = [backbone], list(blocks)  # in lists: they are registered once, inside lm
         self._intervention = None
         width, device = lm.config.get_text_config().hidden_size, next(blocks[layer].parameters()).device
         self.codebook = nn.Parameter(torch.zeros(num_codes, width, device=device))
@@ -163,9 +163,10 @@ class DLRModel(nn.Module):
         grid = self._grid(input_ids, attention_mask)
         captured = []
         hook = self._blocks[self.layer].register_forward_hook(lambda block, args, output: captured.append(output))
+        above = range(self.layer + 1, len(self._blocks))
         try:
-            with _replaced_forward({block: _identity for block in self._blocks[self.layer + 1 :]}):
-                self._backbone[0](input_ids=input_ids, use_cache=False, **grid["padding"])
+            with _standing_in(self._blocks, {str(i): _identity for i in above}):
+                self._backbone(input_ids=input_ids, use_cache=False, **grid["padding"])
         finally:
             hook.remove()
         if not torch.is_tensor(captured[0]):
@@ -185,7 +186,7 @@ class DLRModel(nn.Module):
         trunk = trunk or self.trunk(input_ids, attention_mask)
         if codes is None:
             codes = self._argmax(trunk)
-        output = self._above(self._backbone[0], trunk, codes)
+        output = self._above(self._backbone, trunk, codes)
         hidden = output.last_hidden_state  # (B * R, T, H)
         repeats = len(hidden) // len(input_ids)
         counted = _counted(trunk, response_mask).repeat_interleave(repeats, 0)  # (B * R, T - 1)
@@ -215,7 +216,8 @@ class DLRModel(nn.Module):
             noise = -noise.exponential_(generator=generator).log()
             drawn = (logits[:, None] + temperature * noise).argmax(-1)  # (B, R, M)
             drawn = drawn.masked_fill(~trunk.real[:, None], -1)
-            with torch.autocast(input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            low = None if dtype == torch.float32 else dtype
+            with torch.autocast(input_ids.device.type, dtype=low, enabled=low is not None):
                 scores = self.log_likelihood(input_ids, response_mask, drawn, trunk=trunk)  # (B, R)
         winner = scores.argmax(1)[:, None, None].expand(-1, 1, drawn.shape[-1])
         return SearchResult(drawn.gather(1, winner)[:, 0], scores, drawn, logits)
@@ -224,6 +226,7 @@ class DLRModel(nn.Module):
         """(4) for the selected codes (B, M) -> `Loss`. In training mode the running average of (4d) moves on."""
         trunk = trunk or self.trunk(input_ids, attention_mask)
         logits = self._route(trunk)
+        codes = codes[:, : logits.shape[1]]
         both = torch.stack([torch.full_like(codes, -1), codes], 1)  # (B, 2, M): unsteered beside steered
         unsteered, steered = self.log_likelihood(input_ids, response_mask, both, trunk=trunk).unbind(1)
         tokens = _counted(trunk, response_mask).sum()
@@ -298,6 +301,10 @@ class DLRModel(nn.Module):
         model.load_state_dict(load_file(Path(directory, "dlr.safetensors")), strict=False)
         return model.eval()
 
+    _blocks = property(lambda self: self.lm.get_submodule(self._blocks_name))
+    _backbone_name = property(lambda self: self._blocks_name.rpartition(".")[0])
+    _backbone = property(lambda self: self.lm.get_submodule(self._backbone_name))
+
     def _grid(self, input_ids, attention_mask):
         """The chunk grid of a batch, and what the LM has to be told of its padding."""
         batch, length = input_ids.shape
@@ -308,19 +315,18 @@ class DLRModel(nn.Module):
             longest, left_padded = torch.stack([lengths.max(), start.max()]).tolist()  # one wait for the device
         position = torch.arange(length, device=input_ids.device) - start[:, None]  # (B, T), < 0 before the text
         outside = (position < 0) | (position >= lengths[:, None])
-        chunk = torch.arange(-(-longest // self.chunk_size), device=input_ids.device) * self.chunk_size  # (M,)
+        begins = torch.arange(-(-longest // self.chunk_size), device=input_ids.device) * self.chunk_size  # (M,)
+        padding = {}  # a causal LM never looks at padding on its right: without a mask it runs the faster attention
+        if left_padded:
+            padding["attention_mask"] = mask
+            if "position_ids" in inspect.signature(self._backbone.forward).parameters:  # ALiBi models take none
+                padding["position_ids"] = position.clamp(min=0)
         return {
-            # A causal LM never looks at padding on the right: without a mask it runs the faster attention.
-            "padding": {"attention_mask": mask, **self._position_ids(position)} if left_padded else {},
+            "padding": padding,
             "chunk": (position // self.chunk_size).masked_fill(outside, -1),
-            "first": (start[:, None] + chunk).clamp(max=length - 1),
-            "real": chunk < lengths[:, None],
+            "first": (start[:, None] + begins).clamp(max=length - 1),
+            "real": begins < lengths[:, None],
         }
-
-    def _position_ids(self, position):
-        # models with relative positions (ALiBi) take none
-        accepted = "position_ids" in inspect.signature(self._backbone[0].forward).parameters
-        return {"position_ids": position.clamp(min=0)} if accepted else {}
 
     def _route(self, trunk):
         width = trunk.hidden.shape[-1]
@@ -343,8 +349,8 @@ class DLRModel(nn.Module):
         token_codes = grid.gather(-1, chunk.clamp(min=0)).masked_fill(chunk < 0, -1)
         steered = (trunk.hidden[:, None] + self._vectors(token_codes, trunk.hidden.dtype)).flatten(0, 1)
         padding = {name: t.repeat_interleave(repeats, 0) for name, t in trunk.padding.items()}
-        skipped = {block: _identity for block in self._blocks[: self.layer]}
-        with _replaced_forward({**skipped, self._blocks[self.layer]: lambda *args, **kwargs: steered}):
+        below = {str(i): _identity for i in range(self.layer)}
+        with _standing_in(self._blocks, {**below, str(self.layer): lambda *args, **kwargs: steered}):
             # The real ids go in for what the LM derives from them besides embeddings; the trunk's blocks do nothing.
             return module(input_ids=trunk.input_ids.repeat_interleave(repeats, 0), use_cache=False, **padding)
 
@@ -362,7 +368,8 @@ class DLRModel(nn.Module):
         """Final hidden states (n, H) -> logits (n, V): the LM itself, whose backbone just returns `output` with these
         states in it, so that a soft-cap or a logit scale is applied without knowing of it."""
         output = replace(output, last_hidden_state=states[None])
-        with _replaced_forward({self._backbone[0]: lambda *args, **kwargs: output}):
+        parent, _, name = self._backbone_name.rpartition(".")
+        with _standing_in(self.lm.get_submodule(parent), {name: lambda *args, **kwargs: output}):
             return self.lm(input_ids=states.new_zeros(1, len(states), dtype=torch.long), use_cache=False).logits[0]
 
     @contextmanager
@@ -387,7 +394,7 @@ class DLRModel(nn.Module):
             return hidden + self._vectors(token_codes, hidden.dtype)
 
         hooks = [
-            self._backbone[0].register_forward_pre_hook(before, with_kwargs=True),
+            self._backbone.register_forward_pre_hook(before, with_kwargs=True),
             self._blocks[self.layer].register_forward_hook(steer),
         ]
         try:
@@ -417,18 +424,16 @@ class DLRModel(nn.Module):
 
 
 def find_blocks(lm):
-    """-> (backbone, blocks): the shallowest ModuleList with one entry per layer, and the module that owns it.
+    """-> the name of the LM's blocks: of its shallowest ModuleList with one entry a layer. Its owner is the backbone.
 
     Raises ValueError for an encoder-decoder, or where there is no such list."""
-    config = lm.config.get_text_config()
     if getattr(lm.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(lm).__name__} is an encoder-decoder; DLR steers decoder-only language models.")
-    lists = [(name, module) for name, module in lm.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers]
-    if not lists:
-        raise ValueError(f"{type(lm).__name__} has no list of {config.num_hidden_layers} blocks to steer.")
-    name, blocks = min(lists, key=lambda item: item[0].count("."))
-    return lm.get_submodule(name.rpartition(".")[0]), blocks
+    layers = lm.config.get_text_config().num_hidden_layers
+    names = [name for name, part in lm.named_modules() if isinstance(part, nn.ModuleList) and len(part) == layers]
+    if not names:
+        raise ValueError(f"{type(lm).__name__} has no list of {layers} blocks to steer.")
+    return min(names, key=lambda name: name.count("."))
 
 
 def save_lm(lm, directory):
@@ -453,20 +458,27 @@ def _identity(hidden, *args, **kwargs):
     return hidden
 
 
+class _StandIn(nn.Module):
+    """Takes the place of a module: runs `function` instead, and has the other attributes of what it stands in for."""
+
+    def __init__(self, module, function):
+        super().__init__()
+        self.__dict__.update(stood_in_for=module, forward=function)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["stood_in_for"], name)
+
+
 @contextmanager
-def _replaced_forward(replacements):
-    """{module: function}: these modules run that function instead of their forward; undone on any exit."""
-    before = {module: module.__dict__.get("forward") for module in replacements}
+def _standing_in(parent, functions):
+    """{name: function}: inside, these children of `parent` are stand-ins, so that neither they nor their hooks run."""
+    before = {name: parent._modules[name] for name in functions}
     try:
-        for module, function in replacements.items():
-            module.forward = function
+        for name, function in functions.items():
+            parent._modules[name] = _StandIn(before[name], function)
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
+        parent._modules.update(before)
 
 
 @contextmanager
@@ -507,6 +519,8 @@ def _codes_of_rows(steps, output, pads, chunk_size):
         tokens.append(codes[parents[:, t].clamp(min=0).long()].masked_fill(ended, -1))
     tokens = torch.cat(tokens, 1)
     pads = pads.repeat_interleave(rows // len(pads))
-    chunk = (torch.arange(tokens.shape[1], device=tokens.device) - pads[:, None]) // chunk_size
-    grid = tokens.new_full((rows, max(0, int(chunk.max())) + 1), -1)
-    return grid.scatter_reduce(1, chunk.clamp(min=0), tokens, "amax")  # one code a chunk; padding adds -1
+    position = torch.arange(tokens.shape[1], device=tokens.device) - pads[:, None]
+    width = (tokens.shape[1] - 1) // chunk_size + 1
+    begins = (position >= 0) & (position % chunk_size == 0)
+    target = torch.where(begins, position // chunk_size, width)  # the last column takes what is not kept
+    return tokens.new_full((rows, width + 1), -1).scatter(1, target, tokens)[:, :width]

@@ -96,6 +96,10 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
     example (prompt, answer, text, strict, flexible, cut_off, tokens); codes (N, M) steered it, -1 after its end."""
     device = model.codebook.device
     prompts = data.encode_prompts([example.prompt for example in examples], tokenizer)
+    limit = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
+    if limit:  # a prompt too long for the LM loses its beginning
+        max_new_tokens = min(max_new_tokens, limit - 1)
+        prompts = [ids[-(limit - max_new_tokens):] for ids in prompts]
     predictions, rows = [None] * len(examples), [None] * len(examples)
     for batch in tqdm(batches(list(map(len, prompts)), batch_size), f"answering {label}", leave=False):
         input_ids, mask = data.collate_prompts([prompts[i] for i in batch], device=device)
@@ -209,6 +213,7 @@ def load_data(config):
 def parse_args(argv=None):
     """The settings of an evaluation. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"eval.py: {message}; see --help.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder(s) written by train.py")
     parser.add_argument("--test", type=int, help="test examples, 0 = all (default: as in the run)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: as in the run)")
@@ -227,7 +232,7 @@ def main(argv=None):
             config.update({k: v for k, v in vars(args).items() if k in config and k != "device" and v is not None})
             test = load_data(config)["test"]
         except (OSError, ValueError) as error:
-            sys.exit(f"eval.py: {error}")
+            sys.exit(f"eval.py: {error}".splitlines()[0])
         batch_size = args.batch_size or config["eval_batch_size"]
         metrics, predictions = evaluate(
             model, tokenizer, test, CONDITIONS[config["method"]], max_length=config["max_length"],

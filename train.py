@@ -41,11 +41,13 @@ from eval import CONDITIONS, choose_device, evaluate, response_nll, table, write
 # What --model tiny means unless a flag says otherwise. Found on validation sums; a real LM wants the other defaults.
 EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=3e-2, lr=1e-4,
                 batch_size=64, eval_batch_size=500, freeze=True)
+TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
 
 
 def parse_args(argv=None):
     """The settings of a run. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"train.py: {message}; see --help.")  # one sentence, not a page of usage
     group = parser.add_argument_group("model and method")
     group.add_argument("--model", default="tiny", help="tiny, a hub name, a local folder, or a .gguf file (default: tiny)")
     group.add_argument("--method", default="dlr", choices=["dlr", "sft"], help="sft is the same loop without codes")
@@ -60,7 +62,7 @@ def parse_args(argv=None):
     group.add_argument("--data-dir", help="folder with <task>/<split>.jsonl to read instead of the hub")
     group.add_argument("--n", type=int, default=0, help="training examples, 0 = all")
     group.add_argument("--val", type=int, default=50, help="validation examples, held out of the training split")
-    group.add_argument("--test", type=int, default=200, help="test examples, 0 = all")
+    group.add_argument("--test", type=int, default=100, help="test examples, 0 = all")
     group.add_argument("--max-length", type=int, default=512, help="tokens of prompt + answer; what is longer is cut")
     group.add_argument("--digits", type=int, default=3, help="arithmetic: digits of each number")
     group.add_argument("--ops", default="+", choices=["+", "-", "+-"], help="arithmetic: sums, differences, or both")
@@ -88,7 +90,7 @@ def parse_args(argv=None):
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run (same settings)")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     group.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: 256; arithmetic: 16)")
-    group.add_argument("--eval-batch-size", type=int, default=16, help="prompts answered at once")
+    group.add_argument("--eval-batch-size", type=int, default=32, help="prompts answered at once")
     if parser.parse_known_args(argv)[0].model == "tiny":
         parser.set_defaults(**EMBEDDED)
     args = parser.parse_args(argv)
@@ -113,64 +115,69 @@ def check_settings(args):
         raise ValueError("--freeze with --method sft leaves nothing to train; for --model tiny, add --no-freeze.")
     if args.model == "tiny" and args.data != "arithmetic":
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
+    if args.model == "tiny" and args.val + args.test > TINY_HELD_OUT:
+        raise ValueError(f"--val and --test are at most {TINY_HELD_OUT} together: so many sums are kept from the tiny LM.")
 
 
 def find_model(args):
-    """-> arguments of `from_pretrained` for args.model (tiny excepted), after a look at its config alone.
+    """-> arguments of `from_pretrained` for args.model, after a look at its config alone (None for the tiny one).
 
     Raises OSError where there is no such model, ValueError for a --layer that it does not have."""
-    path = Path(args.model)
+    path, where, layers = Path(args.model), None, 2
     if path.suffix == ".gguf":
+        where = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
         if not path.is_file():
             raise FileNotFoundError(f"--model {path} does not exist; it should be a .gguf file.")
-        where = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
-    elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"--model {path} is a folder without a model: it has no config.json.")
-        where = dict(pretrained_model_name_or_path=str(path))
-    else:
+    elif args.model != "tiny":
         where = dict(pretrained_model_name_or_path=args.model)
-    try:
-        config = AutoConfig.from_pretrained(**where)
-    except (OSError, ValueError) as error:
-        raise OSError(f"--model {args.model} was found neither as a local folder or .gguf file nor on the hub "
-                      f"({first_line(error)}): pass a model folder, or run without --model for the built-in one.")
-    layers = config.get_text_config().num_hidden_layers
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise FileNotFoundError(f"--model {path} is a folder without a model: it has no config.json.")
+    if where:
+        try:
+            config = AutoConfig.from_pretrained(**where).get_text_config()
+        except (OSError, ValueError) as error:
+            raise OSError(f"--model {args.model} was found neither as a local folder or .gguf file nor on the hub "
+                          f"({first_line(error)}): pass a model folder, or run without --model for the built-in one.")
+        args.max_length = min(args.max_length, getattr(config, "max_position_embeddings", None) or args.max_length)
+        layers = config.num_hidden_layers
     if args.layer is not None and not 0 <= args.layer < layers:
         raise ValueError(f"--layer is {args.layer}, but {args.model} has blocks 0 to {layers - 1}.")
     return where
 
 
 def first_line(error):
-    return str(error).strip().splitlines()[0].rstrip(".")
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_model(args, where, splits, device):
+def load_model(args, where, device):
     """-> (lm, tokenizer); the tiny LM is taught first unless it lies in its folder already."""
     if args.model == "tiny":
-        where = dict(pretrained_model_name_or_path=str(teach_tiny(args, splits, device)))
+        where = dict(pretrained_model_name_or_path=str(teach_tiny(args, device)))
     tokenizer = AutoTokenizer.from_pretrained(**where)
     return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(device), tokenizer
 
 
-def teach_tiny(args, splits, device, batch_size=64, most_steps=2000, last_steps=60):
+def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
     """Teach a GPT-2 of two blocks uniform (mostly easy) sums, as a stand-in for a pretrained LM. -> its folder
 
     Some seeds see the trick late. So that every base arrives equally able, teaching ends a fixed number of steps, with
     a falling learning rate, after the loss per token first averages less than 0.25 nats."""
     ops = {"+": "sums", "-": "differences", "+-": "both"}[args.ops]
-    folder = Path(args.out).parent / f"tiny-{args.digits}digit-{ops}-s{args.seed}"
+    folder = Path(args.out).parent / f"tiny-{args.digits}digit-{ops}-nines{args.nines:g}-s{args.seed}"
     if (folder / "config.json").is_file():
         return folder
     torch.manual_seed(args.seed)
     tokenizer = data.arithmetic_tokenizer()
     lm = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_layer=2, n_embd=96, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+        vocab_size=len(tokenizer), n_layer=2, n_embd=96, n_head=4, n_positions=8 + 4 * args.digits, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", initializer_range=0.05, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id)).to(device)
     model = DLRModel(lm)
-    held_out = {example.prompt for part in ("validation", "test") for example in splits[part]}
-    count = min(1000 * batch_size, 10 ** (2 * args.digits) // 4)
+    all_sums = 10 ** (2 * args.digits)
+    held_out = data.arithmetic(min(TINY_HELD_OUT, all_sums // 4), args.digits, args.ops, args.nines, data.HELD_OUT_SEED)
+    held_out = {example.prompt for example in held_out}  # the validation and test sums of any run come first in these
+    count = min(1000 * batch_size, all_sums // 4)
     rows, _, _ = data.encode(data.arithmetic(count, args.digits, args.ops, 0.0, args.seed, held_out), tokenizer)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     bar = tqdm(range(most_steps), "teaching the tiny LM easy sums (kept for later runs)")
@@ -211,7 +218,8 @@ def step_loss(args, model, batch):
         loss = sft_loss(model, input_ids, mask, response)
         return loss, {"loss": loss}
     trunk = model.trunk(input_ids, mask)  # shared by the search and both paths of the loss
-    found = model.search(input_ids, response, args.rollouts, args.temperature, trunk=trunk,
+    rollouts = args.rollouts if args.codes > 1 else 1  # one code leaves nothing to search
+    found = model.search(input_ids, response, rollouts, args.temperature, trunk=trunk,
                          dtype=getattr(torch, args.search_dtype))
     loss = model.loss(input_ids, response, found.codes, trunk=trunk, alpha_policy=args.alpha_policy,
                       alpha_reg=args.alpha_reg)
@@ -219,7 +227,7 @@ def step_loss(args, model, batch):
     best, mean = found.log_likelihood.max(1).values, found.log_likelihood.mean(1)  # (B,)
     used = torch.zeros(args.codes + 1, device=tokens.device).index_fill(0, found.codes.flatten() + 1, 1.0)
     return loss.total, {**loss, "best_nll": mean_nll(best, tokens), "mean_nll": mean_nll(mean, tokens),
-                        "spread": (found.log_likelihood.std(1) if args.rollouts > 1 else best * 0).mean(),
+                        "spread": (found.log_likelihood.std(1) if rollouts > 1 else best * 0).mean(),
                         "codes_used": used[1:].mean()}
 
 
@@ -237,12 +245,12 @@ def prepare_out(args):
         if not config.is_file():
             raise ValueError(f"{out} holds no run to resume: start it without --resume.")
         before = json.loads(config.read_text())
-        changed = [name for name in set(vars(args)) - {"resume", "overwrite", "device", "save_every"}
+        changed = [name for name in set(vars(args)) - {"resume", "overwrite", "device", "save_every", "out"}
                    if before.get(name) != getattr(args, name)]
         if changed:
             differs = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in sorted(changed))
             raise ValueError(f"--resume needs the settings that {out} began with: {differs}.")
-        return torch.load(state, weights_only=True) if state.is_file() else None
+        return torch.load(state, map_location="cpu", weights_only=True) if state.is_file() else None
     elif config.is_file():
         raise ValueError(f"{out} holds an unfinished run: pass --resume to go on with it, or --overwrite to start anew.")
     out.mkdir(parents=True, exist_ok=True)
@@ -252,10 +260,12 @@ def prepare_out(args):
 def write_config(args, model):
     """config.json: every setting, the sizes of what is trained, versions, the commit. -> number of trained parameters"""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = None
+    if shutil.which("git"):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = found.stdout.strip() or None
     config = {**vars(args), "trained_parameters": trained, "layer_used": model.layer, "python": platform.python_version(),
-              "torch": torch.__version__, "transformers": transformers.__version__,
-              "commit": git.stdout.strip() or None}
+              "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
     Path(args.out, "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return trained
 
@@ -265,8 +275,9 @@ def save_state(args, step, model, optimizer, schedule):
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = {"step": step, "trained": trained, "bigram": model.bigram, "optimizer": optimizer.state_dict(),
              "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
+    device = model.codebook.device
+    if device.type != "cpu":
+        state["device_rng"] = torch.get_device_module(device).get_rng_state()
     torch.save(state, Path(args.out, "state.part"))
     os.replace(Path(args.out, "state.part"), Path(args.out, "state.pt"))
 
@@ -277,8 +288,8 @@ def load_state(state, model, optimizer, schedule):
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
+    if "device_rng" in state:
+        torch.get_device_module(model.codebook.device).set_rng_state(state["device_rng"])
     return state["step"]
 
 
@@ -360,22 +371,23 @@ def main(argv=None):
             torch.set_num_threads(1)  # its matrices are too small to share out: a second thread only gets in the way
         splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops,
                            args.nines)
-        where = None if args.model == "tiny" else find_model(args)
+        where = find_model(args)
         state = prepare_out(args)
-        lm, tokenizer = load_model(args, where, splits, device)
+        if args.model == "tiny" and args.freeze:
+            print("Embedded default: a tiny LM that can add a little, frozen; only codebook and router are trained, on "
+                  "harder sums (--no-freeze trains the LM along).", flush=True)
+        lm, tokenizer = load_model(args, where, device)
         rows, cut, dropped = data.encode(splits["train"], tokenizer, args.max_length)
         torch.manual_seed(args.seed)
         model = DLRModel(lm, args.codes, args.chunk, args.layer, args.scale).to(device)
     except (OSError, ValueError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {first_line(error)}")
     lm.requires_grad_(not args.freeze)
     for parameter in (model.codebook, model.router.weight):
         parameter.requires_grad_(args.method == "dlr")
     trained = write_config(args, model)
     print(f"{args.method} on {args.data}: {len(rows)} training texts ({cut} cut at {args.max_length} tokens, {dropped} "
           f"too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} parameters trained")
-    if args.model == "tiny" and args.freeze:
-        print("The LM is frozen here, so that only codes can help; --no-freeze trains it along.")
     try:
         finished = train(args, model, rows, state, device)
     except FloatingPointError as error:
@@ -399,7 +411,7 @@ def finish(args, model, tokenizer, splits, where, device):
         base, base_predictions = {"base": metrics["off"]}, {"base": predictions["off"]}
     else:
         del model
-        lm, _ = load_model(args, where, splits, device)
+        lm, _ = load_model(args, where, device)
         base, base_predictions = evaluate(DLRModel(lm).to(device), tokenizer, splits["test"], ["base"], **settings)
     metrics, predictions = {**base, **metrics}, {**base_predictions, **predictions}
     write_results(args.out, metrics, predictions, validation={"nll": validation})
