@@ -112,7 +112,8 @@ def test_float32_rows_leak_no_mass():
 
 @pytest.mark.parametrize("kwargs, message", [
     ({"start": 3}, "start is 3"), ({"start": -1}, "start is -1"), ({"start": 0.5}, r"start is 0\.5"),
-    ({"goal": []}, "goal is empty"), ({"goal": [0, 7]}, "goal is 7"), ({"goal": [-1]}, "goal is -1"),
+    ({"goal": []}, "goal is empty"), ({"goal": 3}, "goal is 3; it must be an iterable of states"),
+    ({"goal": [0, 7]}, "goal is 7"), ({"goal": [-1]}, "goal is -1"),
     ({"mode": "hit"}, "mode is 'hit'"), ({"pruning": "eager"}, "pruning is 'eager'"),
 ])
 def test_each_invalid_argument_of_a_search_is_named(kwargs, message):
