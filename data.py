@@ -175,11 +175,11 @@ def _shuffled(examples, seed):
 def load(task, n=0, val=100, test=200, seed=0, data_dir=None, digits=3, ops="+", nines=0.5):
     """Loads a task -> {"train": [Example], "validation": [Example], "test": [Example]}, with no prompt in two of them.
 
-    task: a name in TASKS, "arithmetic", or the path of a .jsonl file. n, val, test: how many examples of each; n=0 is
-    all that are left, test=0 the whole test split. Validation is taken from the training split. `seed` only chooses
-    the n training examples: validation and test are the same for every seed, so that runs can be compared. A .jsonl
-    file is one pool, a tenth of which is held out for test, and another for validation (val and test are capped there).
-    data_dir: read DIR/task/split.jsonl instead of the hub. digits, ops, nines: see `arithmetic`.
+    task: a name in TASKS, "arithmetic", or the path of a .jsonl file. n: training examples, 0 = all that are left.
+    test: at most so many test examples, 0 = the whole test split. val: at most so many for validation, taken from the
+    training split: nothing that n needs, and a tenth where n is 0. `seed` only chooses the n training examples:
+    validation and test are the same for every seed, so that runs can be compared. Of a .jsonl file, a tenth is the
+    test split. data_dir: read DIR/task/split.jsonl, not the hub. digits, ops, nines: see `arithmetic`.
 
     Raises ValueError for a bad request or a malformed row, FileNotFoundError for a file that is not there, and
     ConnectionError where the hub is out of reach, each with one sentence fit to be shown to the user.
@@ -200,21 +200,21 @@ def load(task, n=0, val=100, test=200, seed=0, data_dir=None, digits=3, ops="+",
             raise FileNotFoundError(f"{task} does not exist: it should have a prompt and a response on each line")
         rows = _shuffled(_examples(_file_rows(task), _prompt_and_response), HELD_OUT_SEED)
         tenth = max(1, len(rows) // 10)
-        held_out, pool, test, val = rows[:tenth], rows[tenth:], min(test, tenth), min(val, tenth)
+        held_out, pool = rows[:tenth], rows[tenth:]
     else:
         raise ValueError(f"unknown data '{task}': known are arithmetic, {', '.join(TASKS)} and any file.jsonl")
 
     # Whatever the test set that is asked for, nothing of the *whole* test split is trained on.
     test_prompts = {example.prompt for example in held_out}
     pool = _shuffled([example for example in pool if example.prompt not in test_prompts], HELD_OUT_SEED)
+    val = min(val, max(0, len(pool) - n) if n else max(1, len(pool) // 10))
     validation = pool[:val]
     val_prompts = {example.prompt for example in validation}
     train = [example for example in pool[val:] if example.prompt not in val_prompts]
-    if not held_out or test > len(held_out):
-        raise ValueError(f"{task}: test={test}, but there are only {len(held_out)} test examples (0 takes them all)")
-    if not train or n > len(train):
-        left = f"{len(train)} training examples are left beside {val} for validation"
-        raise ValueError(f"{task}: n={n}, but {left}; the largest n is {len(train)} (0 takes them all)")
+    if not held_out or not train:
+        raise ValueError(f"{task} has {len(train)} training and {len(held_out)} test examples: too few to run on")
+    if n > len(train):
+        raise ValueError(f"{task}: n={n}, but the largest n is {len(train)} (0 takes them all)")
     return {
         "train": _shuffled(train, seed)[: n or None],
         "validation": validation,

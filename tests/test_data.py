@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import warnings
 
 import datasets
 import pytest
@@ -18,8 +17,6 @@ from data import extract, load, score, subtasks
 DATA_DIR = os.environ.get("DLR_DATA_DIR")
 NO_DATA = "REAL DATA NOT TESTED: set DLR_DATA_DIR to a folder with gsm8k/train.jsonl, gsm8k/test.jsonl and so on"
 with_real_data = pytest.mark.skipif(not DATA_DIR, reason=NO_DATA)
-if not DATA_DIR:
-    warnings.warn(NO_DATA)  # pytest prints warnings without being asked to, but not the reasons of skipped tests
 
 GSM8K = {"question": "How many?", "answer": "He has 2*500=<<2*500=1000>>1000.\nAnd 5: <<1000+5=1005>>1005.\n#### 1,005"}
 CSQA = {
@@ -139,7 +136,7 @@ def test_splits_are_disjoint_and_only_train_depends_on_the_seed(folder):
     assert [len(first[name]) for name in ("train", "validation", "test")] == [20, 25, 6]
     everything = parts(n=0, test=0)
     assert len(everything["test"]) == 20 and first["test"] == everything["test"][:6]
-    assert first["validation"] == everything["validation"]
+    assert len(everything["validation"]) == 6 and first["validation"][:6] == everything["validation"]
     train, validation, test = (set(prompts(part)) for part in everything.values())
     assert not (train & validation or train & test or validation & test)
     assert len(train | validation) == 55  # the 5 that are in the test split as well have been left out
@@ -158,13 +155,12 @@ def test_local_file_keeps_its_test_set_whatever_is_asked_for(tmp_path):
 
 
 def test_requests_that_cannot_be_met(folder, tmp_path):
-    with pytest.raises(ValueError, match="the largest n is 35 "):
-        load("gsm8k", n=2000, val=20, test=5, data_dir=write_unique(folder))
-    with pytest.raises(ValueError, match="test=21, but there are only 20"):
-        load("gsm8k", val=5, test=21, data_dir=folder)
-    with pytest.raises(ValueError, match="0 training examples are left beside 100"):
-        load("gsm8k", test=5, data_dir=folder)
-    with pytest.raises(ValueError, match="0 training examples"):
+    unique = write_unique(folder)
+    with pytest.raises(ValueError, match="the largest n is 55 "):
+        load("gsm8k", n=2000, val=20, test=5, data_dir=unique)
+    exact = load("gsm8k", n=55, val=20, test=5000, data_dir=unique)  # of val and test, what is there at most
+    assert len(exact["train"]) == 55 and exact["validation"] == [] and len(exact["test"]) == 20
+    with pytest.raises(ValueError, match="has 0 training and 1 test examples"):
         load(str(write_rows(tmp_path / "small.jsonl", [{"prompt": "a", "response": "b"}] * 2)))
     with pytest.raises(ValueError, match="must not be negative: n=-1"):
         load("gsm8k", n=-1, data_dir=folder)

@@ -252,7 +252,7 @@ def test_the_readme_command_with_a_hub_name_and_a_hub_dataset(hub_cache, tmp_pat
     out = tmp_path / "runs" / "gpt2-gsm8k-dlr-s0"
     assert len(log_of(out)) == 1 and (out / "model" / "dlr.safetensors").is_file()
     too_many = run("--model", "gpt2", "--data", "gsm8k", "--n", "256", "--val", "2", "--test", "3", cwd=tmp_path, env=env)
-    assert "the largest n is 10" in too_many.stderr.strip().splitlines()[-1]
+    assert "the largest n is 12" in too_many.stderr.strip().splitlines()[-1]
 
 
 def test_without_network_and_cache_one_sentence_says_what_to_pass(tmp_path):
