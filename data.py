@@ -136,7 +136,7 @@ def _hub_rows(task, split):
         reason = " ".join(str(error).split())
         raise ConnectionError(
             f"the Hugging Face hub could not be reached for {hub}, which is not in the cache ({reason}): pass "
-            f"--data-dir DIR with {_files(task)} and --model FOLDER, or run `python train.py`, which needs no download"
+            f"--data-dir DIR with {_files(task)} and --model FOLDER, or run `python train.py` with no arguments"
         ) from error
     if "image" in table.column_names:
         table = table.cast_column("image", datasets.Image(decode=False))  # is there one? Answered without decoding it

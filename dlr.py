@@ -263,7 +263,7 @@ class DLRModel(nn.Module):
 
     @contextmanager
     def intervene(self, intervention):
-        """Inside this `with`, every code that would steer is replaced first: in forward and generate, prompt and answer.
+        """Inside this `with`, every code is replaced before it steers: in forward and generate, prompt and answer.
 
         "off" steers nothing; "random" draws codes uniformly; a function gets the codes (rows, M) and returns as many.
         While generating, the function sees the grid as far as it is written (-1 beyond) and its answer holds for the
@@ -337,7 +337,7 @@ class DLRModel(nn.Module):
         return self._route(trunk).argmax(-1).masked_fill(~trunk.real, -1)
 
     def _above(self, module, trunk, codes):
-        """Run `module` (the LM or its backbone) from the steered trunk on; rows of the output are text-major (B * R)."""
+        """Run `module` (the LM or its backbone) from the steered trunk on; rows of the output: texts times rollouts."""
         grid = codes if codes.dim() == 3 else codes[:, None]  # (B, R, M)
         chunks = trunk.real.shape[1]
         if grid.shape[0] != len(trunk.hidden) or grid.shape[-1] < chunks:
@@ -507,7 +507,7 @@ def _carry(cache, grid):
 
 
 def _codes_of_rows(steps, output, pads, chunk_size):
-    """The codes (rows, M) that steered each row of a `generate` output, from the token codes (B', q) of its forwards."""
+    """The codes (rows, M) that steered the rows of a `generate` output, from the token codes (B', q) of each step."""
     rows = len(output.sequences)
     parents = getattr(output, "beam_indices", None)  # (rows, steps): the beam that each token was predicted from
     if parents is None:

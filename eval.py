@@ -56,7 +56,7 @@ def interval(values):
 
 
 def compare(a, b):
-    """Paired difference a - b of two runs on the same examples (n,) -> (mean, low, high), 95% bootstrap over examples."""
+    """Paired difference a - b of two runs on the same examples (n,) -> (mean, low, high), as in `interval`."""
     return interval(np.asarray(a, dtype=float) - np.asarray(b, dtype=float))
 
 

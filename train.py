@@ -3,7 +3,7 @@
     python train.py                                             # embedded default: nothing to download, about 2 minutes
     python train.py --model gpt2 --data gsm8k --n 256           # a model and a data set from the Hugging Face hub
     python train.py --model gpt2 --data gsm8k --n 256 --method sft      # the same without codes: what to compare with
-    python train.py --model ./my-model --data ./my.jsonl        # a local folder (or file.gguf), lines of prompt, response
+    python train.py --model ./my-model --data ./my.jsonl        # a local folder or file.gguf; prompts and responses
 
 Each step: *search* N code sequences for every text of the batch, *select* the likeliest, *update* LM, codebook and
 router together (equations in dlr.py). One page, top to bottom: settings, checks, model, the step, the loop, the end.
@@ -42,6 +42,7 @@ from eval import CONDITIONS, choose_device, evaluate, response_nll, table, write
 EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=3e-2, lr=1e-4,
                 batch_size=64, eval_batch_size=500, freeze=True)
 TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
+SHOWN = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")  # in the bar
 
 
 def parse_args(argv=None):
@@ -49,7 +50,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message}; see --help.")  # one sentence, not a page of usage
     group = parser.add_argument_group("model and method")
-    group.add_argument("--model", default="tiny", help="tiny, a hub name, a local folder, or a .gguf file (default: tiny)")
+    group.add_argument("--model", default="tiny", help="tiny (default), a hub name, a local folder, a .gguf file")
     group.add_argument("--method", default="dlr", choices=["dlr", "sft"], help="sft is the same loop without codes")
     group.add_argument("--freeze", action=argparse.BooleanOptionalAction, default=False,
                        help="train codebook and router only (default: train the LM along; tiny: freeze)")
@@ -116,7 +117,7 @@ def check_settings(args):
     if args.model == "tiny" and args.data != "arithmetic":
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
     if args.model == "tiny" and args.val + args.test > TINY_HELD_OUT:
-        raise ValueError(f"--val and --test are at most {TINY_HELD_OUT} together: so many sums are kept from the tiny LM.")
+        raise ValueError(f"--val and --test are at most {TINY_HELD_OUT} together: the tiny LM is taught the other sums.")
 
 
 def find_model(args):
@@ -170,9 +171,9 @@ def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
     torch.manual_seed(args.seed)
     tokenizer = data.arithmetic_tokenizer()
     lm = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_layer=2, n_embd=96, n_head=4, n_positions=8 + 4 * args.digits, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", initializer_range=0.05, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id)).to(device)
+        vocab_size=len(tokenizer), n_layer=2, n_embd=96, n_head=4, n_positions=8 + 4 * args.digits, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", initializer_range=0.05,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id)).to(device)
     model = DLRModel(lm)
     all_sums = 10 ** (2 * args.digits)
     held_out = data.arithmetic(min(TINY_HELD_OUT, all_sums // 4), args.digits, args.ops, args.nines, data.HELD_OUT_SEED)
@@ -232,7 +233,7 @@ def step_loss(args, model, batch):
 
 
 def prepare_out(args):
-    """Make the folder of the run -> the state to resume from, or None. Raises ValueError where that would lose a run."""
+    """Make the folder of the run -> the state to resume from, or None. Raises ValueError where a run would be lost."""
     out = Path(args.out)
     state, config = out / "state.pt", out / "config.json"
     if args.overwrite:
@@ -252,20 +253,20 @@ def prepare_out(args):
             raise ValueError(f"--resume needs the settings that {out} began with: {differs}.")
         return torch.load(state, map_location="cpu", weights_only=True) if state.is_file() else None
     elif config.is_file():
-        raise ValueError(f"{out} holds an unfinished run: pass --resume to go on with it, or --overwrite to start anew.")
+        raise ValueError(f"{out} holds an unfinished run: pass --resume to go on, or --overwrite to start anew.")
     out.mkdir(parents=True, exist_ok=True)
     return None
 
 
 def write_config(args, model):
-    """config.json: every setting, the sizes of what is trained, versions, the commit. -> number of trained parameters"""
+    """config.json: every setting, versions, the commit. -> number of trained parameters"""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     commit = None
     if shutil.which("git"):
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = found.stdout.strip() or None
-    config = {**vars(args), "trained_parameters": trained, "layer_used": model.layer, "python": platform.python_version(),
-              "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
+    config = {**vars(args), "trained_parameters": trained, "layer_used": model.layer,
+              "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
     Path(args.out, "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return trained
 
@@ -319,8 +320,7 @@ def train(args, model, rows, state, device):
                 chosen = order[place * per_step : (place + 1) * per_step]
                 line = train_step(args, model, optimizer, schedule, rows, chosen, step, device)
                 log.write(json.dumps({"step": step, "epoch": epoch, **line}) + "\n")
-                shown = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
-                bar.set_postfix({name: f"{line[name]:.3g}" for name in shown if name in line})
+                bar.set_postfix({name: f"{line[name]:.3g}" for name in SHOWN if name in line})
                 bar.update()
                 if interrupted or step + 1 == steps or (step + 1) % args.save_every == 0:
                     save_state(args, step + 1, model, optimizer, schedule)
@@ -350,8 +350,8 @@ def train_step(args, model, optimizer, schedule, rows, chosen, step, device):
     logged["grad_norm"] = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
     line = dict(zip(logged, torch.stack(list(logged.values())).tolist()))  # the one wait for the device
     if not all(map(math.isfinite, line.values())):
-        raise FloatingPointError(f"Step {step}: {line} is not finite (training examples {chosen}); nothing was updated. "
-                                 f"Lower --lr, --code-lr or --scale, or use --dtype float32.")
+        raise FloatingPointError(f"Step {step}: {line} is not finite (training examples {chosen}), so nothing was "
+                                 f"updated; lower --lr, --code-lr or --scale, or use --dtype float32.")
     line.update({group["name"]: group["lr"] for group in optimizer.param_groups})
     optimizer.step()
     schedule.step()

@@ -462,7 +462,8 @@ def written_out_again(model, ids, response, codes, mask, bigram, alpha_policy, a
     prior = torch.tensor([[zipf[i] * zipf[j] if i != j else 0.0 for j in range(C)] for i in range(C)])
     prior = 0.999 * prior / prior.sum() + 0.001 / C * torch.eye(C)
     terms["prior"] = (average * (average / prior).log()).sum()
-    terms["total"] = terms["generalist"] + terms["steered"] + alpha_policy * terms["policy"] + alpha_reg * terms["prior"]
+    terms["total"] = terms["generalist"] + terms["steered"]
+    terms["total"] = terms["total"] + alpha_policy * terms["policy"] + alpha_reg * terms["prior"]
     return terms
 
 

@@ -94,7 +94,8 @@ def test_a_run_from_command_to_checkpoint_and_back(folder, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "sft")])
 def test_an_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, how, method):
-    settings = ["--model", str(folder), *SUMS, "--method", method, "--epochs", "4", "--accumulate", "2", "--save-every", "3"]
+    settings = ["--model", str(folder), *SUMS, "--method", method, "--epochs", "4", "--accumulate", "2",
+                "--save-every", "3"]
     monkeypatch.chdir(tmp_path)
     train.main([*settings, "--out", "whole"])
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -251,7 +252,7 @@ def test_the_readme_command_with_a_hub_name_and_a_hub_dataset(hub_cache, tmp_pat
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "gpt2-gsm8k-dlr-s0"
     assert len(log_of(out)) == 1 and (out / "model" / "dlr.safetensors").is_file()
-    too_many = run("--model", "gpt2", "--data", "gsm8k", "--n", "256", "--val", "2", "--test", "3", cwd=tmp_path, env=env)
+    too_many = run("--model", "gpt2", "--data", "gsm8k", "--n", "256", cwd=tmp_path, env=env)
     assert "the largest n is 12" in too_many.stderr.strip().splitlines()[-1]
 
 
@@ -373,8 +374,8 @@ needs_real = pytest.mark.skipif(not (os.environ.get("DLR_DATA_DIR") and os.envir
 @needs_real
 def test_a_pretrained_gguf_on_real_data(tmp_path):
     done = run("--model", os.environ["DLR_GGUF"], "--data", "commonsense_qa", "--data-dir", os.environ["DLR_DATA_DIR"],
-               "--n", "8", "--batch-size", "4", "--val", "2", "--test", "4", "--max-new-tokens", "12", "--rollouts", "4",
-               "--out", "run", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
+               "--n", "8", "--batch-size", "4", "--val", "2", "--test", "4", "--max-new-tokens", "12",
+               "--rollouts", "4", "--out", "run", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     again = run("run", script="eval.py", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
