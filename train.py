@@ -42,7 +42,8 @@ from eval import CONDITIONS, choose_device, evaluate, response_nll, table, write
 EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=3e-2, lr=1e-4,
                 batch_size=64, eval_batch_size=500, freeze=True)
 TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
-SHOWN = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")  # in the bar
+# what the progress bar shows of a step
+SHOWN = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
 
 
 def parse_args(argv=None):
@@ -117,7 +118,7 @@ def check_settings(args):
     if args.model == "tiny" and args.data != "arithmetic":
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
     if args.model == "tiny" and args.val + args.test > TINY_HELD_OUT:
-        raise ValueError(f"--val and --test are at most {TINY_HELD_OUT} together: the tiny LM is taught the other sums.")
+        raise ValueError(f"--val and --test are at most {TINY_HELD_OUT} together: the tiny LM knows the other sums.")
 
 
 def find_model(args):
@@ -266,7 +267,8 @@ def write_config(args, model):
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = found.stdout.strip() or None
     config = {**vars(args), "trained_parameters": trained, "layer_used": model.layer,
-              "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
+              "python": platform.python_version(), "torch": torch.__version__,
+              "transformers": transformers.__version__, "commit": commit}
     Path(args.out, "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return trained
 
