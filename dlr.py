@@ -204,17 +204,20 @@ class DLRModel(nn.Module):
                generator=None, dtype=torch.float32):
         """(3): draw `rollouts` code sequences for each text, score them -> `SearchResult`.
 
-        `temperature` 0 draws the argmax. `dtype` is the precision of the scores: rollouts differ by hundredths of a nat
-        at first, less than what bfloat16 rounds away, so float32 holds even inside autocast. Dropout is off."""
-        if rollouts < 1 or temperature < 0:
-            raise ValueError(f"rollouts ({rollouts}) must be at least 1, temperature ({temperature}) at least 0.")
+        `temperature`: tau, one number or one for each rollout; 0 draws the argmax. `dtype` is the precision of the
+        scores: rollouts differ by hundredths of a nat at first, less than what bfloat16 rounds away, so float32 holds
+        even inside autocast. Dropout is off. Raises ValueError for less than one rollout, or a negative temperature."""
+        tau = torch.as_tensor(temperature, dtype=torch.float32)
+        if rollouts < 1 or tau.min() < 0 or tau.numel() not in (1, rollouts):
+            raise ValueError(f"rollouts is {rollouts}, which must be at least 1, and temperature {temperature}, which "
+                             f"must be one number >= 0, or one for each rollout.")
         with _eval_mode(self.lm):
             trunk = trunk or self.trunk(input_ids, attention_mask)
             logits = self._route(trunk)  # (B, M, C)
             # argmax of z + tau * Gumbel noise is a draw from softmax(z / tau), and the argmax itself at tau = 0
             noise = torch.empty(len(logits), rollouts, *logits.shape[1:], device=logits.device)  # (B, R, M, C)
             noise = -noise.exponential_(generator=generator).log()
-            drawn = (logits[:, None] + temperature * noise).argmax(-1)  # (B, R, M)
+            drawn = (logits[:, None] + tau.view(-1, 1, 1).to(noise) * noise).argmax(-1)  # (B, R, M)
             drawn = drawn.masked_fill(~trunk.real[:, None], -1)
             low = None if dtype == torch.float32 else dtype
             with torch.autocast(input_ids.device.type, dtype=low, enabled=low is not None):

@@ -97,9 +97,9 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
     device = model.codebook.device
     prompts = data.encode_prompts([example.prompt for example in examples], tokenizer)
     limit = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
-    if limit:  # a prompt too long for the LM loses its beginning
-        max_new_tokens = min(max_new_tokens, limit - 1)
-        prompts = [ids[-(limit - max_new_tokens):] for ids in prompts]
+    if limit:  # the answer gets what the prompts leave; a prompt of more than half the context loses its beginning
+        prompts = [ids[-max(limit - max_new_tokens, limit // 2):] for ids in prompts]
+        max_new_tokens = min(max_new_tokens, limit - max(map(len, prompts)))
     predictions, rows = [None] * len(examples), [None] * len(examples)
     for batch in tqdm(batches(list(map(len, prompts)), batch_size), f"answering {label}", leave=False):
         input_ids, mask = data.collate_prompts([prompts[i] for i in batch], device=device)

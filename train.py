@@ -172,7 +172,7 @@ def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
     torch.manual_seed(args.seed)
     tokenizer = data.arithmetic_tokenizer()
     lm = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_layer=2, n_embd=96, n_head=4, n_positions=8 + 4 * args.digits, resid_pdrop=0.0,
+        vocab_size=len(tokenizer), n_layer=2, n_embd=96, n_head=4, n_positions=32 + 4 * args.digits, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", initializer_range=0.05,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id)).to(device)
     model = DLRModel(lm)

@@ -423,6 +423,10 @@ def test_search_draws_from_the_tempered_router():
         for m in range(2):
             share = torch.bincount(drawn[:, m], minlength=C) / 4000
             assert (share - (logits[m] / tau).softmax(-1)).abs().max() < 0.03
+    mixed = model.search(ids, response, rollouts=800, temperature=[0.0] * 400 + [2.0] * 400).rollouts[0]
+    assert (mixed[:400] == logits.argmax(-1)).all() and (mixed[400:] != logits.argmax(-1)).any()
+    with pytest.raises(ValueError, match="one for each rollout"):
+        model.search(ids, response, rollouts=3, temperature=[1.0, 2.0])
     greedy = model.search(ids, response, rollouts=3, temperature=0)
     assert (greedy.rollouts[0] == logits.argmax(-1)).all()
 

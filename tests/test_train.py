@@ -381,3 +381,18 @@ def test_a_pretrained_gguf_on_real_data(tmp_path):
     again = run("run", script="eval.py", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
     assert again.returncode == 0, again.stderr
     assert sorted((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == sorted(lines)
+
+
+def test_prompts_and_answers_fit_the_context(folder):
+    """A little LM has 64 positions. A prompt is only cut where it fills more than half of them."""
+    model, tokenizer = little_model(folder)
+    examples = data.arithmetic(2, digits=3) + data.arithmetic(1, digits=12) + data.arithmetic(1, digits=30)
+    short, _ = evaluation.answer(model, tokenizer, examples[:3], max_new_tokens=60, batch_size=1)
+    whole = tokenizer(examples[2].prompt).input_ids
+    assert len(whole) == 26 and all(row["tokens"] <= 64 - 26 for row in short)
+    expected = model.generate(torch.tensor([whole]), max_new_tokens=38, do_sample=False,
+                              eos_token_id=tokenizer.eos_token_id, pad_token_id=0)[0, 26:].tolist()
+    expected = expected[: expected.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in expected else expected
+    assert short[2]["text"] == tokenizer.decode(expected, skip_special_tokens=True)  # the prompt was not cut
+    long, _ = evaluation.answer(model, tokenizer, examples, max_new_tokens=60, batch_size=4)
+    assert all(row["tokens"] <= 32 for row in long)
