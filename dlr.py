@@ -268,12 +268,14 @@ class DLRModel(nn.Module):
     def intervene(self, intervention):
         """Inside this `with`, every code is replaced before it steers: in forward and generate, prompt and answer.
 
-        "off" steers nothing; "random" draws codes uniformly; a function gets the codes (rows, M) and returns as many.
+        "off" steers nothing; "random" draws codes uniformly; a function gets the codes (rows, M) and returns as many;
+        None lets them be.
         While generating, the function sees the grid as far as it is written (-1 beyond) and its answer holds for the
         chunks that begin now. A chunk that is not steered (-1) stays so. Raises ValueError for another word."""
         known = {
             "off": lambda codes: torch.full_like(codes, -1),
             "random": lambda codes: torch.randint_like(codes, self.num_codes),
+            None: None,
         }
         if not callable(intervention) and intervention not in known:
             raise ValueError(f'intervene() takes "off", "random" or a function of codes, not {intervention!r}.')

@@ -104,7 +104,7 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
     for batch in tqdm(batches(list(map(len, prompts)), batch_size), f"answering {label}", leave=False):
         input_ids, mask = data.collate_prompts([prompts[i] for i in batch], device=device)
         use = table_intervention(intervention[batch].to(device)) if torch.is_tensor(intervention) else intervention
-        with model.intervene(use or (lambda codes: codes)):
+        with model.intervene(use):
             # the sampling settings that some models bring along are switched off: every model answers alike
             output = model.generate(input_ids, mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None,
                                     top_p=None, top_k=None, repetition_penalty=None,
@@ -128,7 +128,7 @@ def response_nll(model, tokenizer, examples, intervention=None, max_length=512, 
     total = tokens = 0.0
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
         input_ids, mask, response = data.collate([rows[i] for i in batch], device=device)
-        with model.intervene(intervention or (lambda codes: codes)):
+        with model.intervene(intervention):
             total -= model.log_likelihood(input_ids, response, attention_mask=mask).sum().item()
         tokens += response[:, 1:].sum().item()
     return total / tokens if tokens else None
