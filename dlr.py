@@ -270,7 +270,7 @@ class DLRModel(nn.Module):
 
         "off" steers nothing; "random" draws codes uniformly; a function gets the codes (rows, M) and returns as many;
         None lets them be.
-        While generating, the function sees the grid as far as it is written (-1 beyond) and its answer holds for the
+        While generating, the function sees the grid so far (-1 where nothing is yet), and its answer holds for the
         chunks that begin now. A chunk that is not steered (-1) stays so. Raises ValueError for another word."""
         known = {
             "off": lambda codes: torch.full_like(codes, -1),
@@ -409,23 +409,22 @@ class DLRModel(nn.Module):
                 hook.remove()
 
     def _extend(self, grid, hidden, start, pads):
-        """Route the chunks that begin among q new tokens -> their codes (B', q), and the grid (2, B', M) so far: what
-        the router said, and what steers. A chunk begun earlier keeps its code."""
+        """Route the chunks that begin among q new tokens -> their codes (B', q), and the grid of codes (B', M) so far.
+
+        A chunk begun earlier keeps its code: `grid` is what this returned for the tokens before, or None."""
         rows, new = hidden.shape[:2]
         pads = pads.repeat_interleave(rows // len(pads))  # beams and several samples of a prompt are neighbours
-        position = torch.arange(start, start + new, device=hidden.device) - pads[:, None]  # (B', q)
-        chunk = position // self.chunk_size  # < 0 at padding
+        position = torch.arange(start, start + new, device=hidden.device) - pads[:, None]  # (B', q), < 0 at padding
+        chunk = position // self.chunk_size
         width = (start + new - 1) // self.chunk_size + 1
-        old = hidden.new_full((2, rows, width + 1), -1, dtype=torch.long)  # its last column takes what is not kept
+        before = hidden.new_full((rows, width + 1), -1, dtype=torch.long)  # its last column takes what is not kept
         if grid is not None:
-            old[..., : grid.shape[-1]] = grid
-        begins = (position >= 0) & (position % self.chunk_size == 0)
-        target = torch.where(begins, chunk, width)
-        routed, used = old
-        routed = routed.scatter(1, target, self.router(hidden.to(self.router.weight.dtype)).argmax(-1))[:, :width]
-        begun = torch.zeros_like(used, dtype=torch.bool).scatter(1, target, True)[:, :width]
-        used = torch.where(begun, self._intervened(routed), used[:, :width])
-        return used.gather(1, chunk.clamp(min=0)).masked_fill(chunk < 0, -1), torch.stack([routed, used])
+            before[:, : grid.shape[1]] = grid
+        target = torch.where((position >= 0) & (position % self.chunk_size == 0), chunk, width)
+        grid = before.scatter(1, target, self.router(hidden.to(self.router.weight.dtype)).argmax(-1))[:, :width]
+        begins = torch.zeros_like(before, dtype=torch.bool).scatter(1, target, True)[:, :width]
+        grid = torch.where(begins, self._intervened(grid), grid)
+        return grid.gather(1, chunk.clamp(min=0)).masked_fill(chunk < 0, -1), grid
 
 
 def find_blocks(lm):
@@ -505,7 +504,7 @@ def _carry(cache, grid):
 
         def reorder_both(rows):
             reorder(rows)
-            cache.dlr_grid = cache.dlr_grid.index_select(1, rows.to(cache.dlr_grid.device))
+            cache.dlr_grid = cache.dlr_grid.index_select(0, rows.to(cache.dlr_grid.device))
 
         cache.reorder_cache = reorder_both
     cache.dlr_grid = grid
