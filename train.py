@@ -380,6 +380,8 @@ def main(argv=None):
                   "harder sums (--no-freeze trains the LM along).", flush=True)
         lm, tokenizer = load_model(args, where, device)
         rows, cut, dropped = data.encode(splits["train"], tokenizer, args.max_length)
+        if not rows:
+            raise ValueError(f"no prompt leaves room for an answer within --max-length {args.max_length}; raise it.")
         torch.manual_seed(args.seed)
         model = DLRModel(lm, args.codes, args.chunk, args.layer, args.scale).to(device)
     except (OSError, ValueError) as error:
@@ -394,9 +396,12 @@ def main(argv=None):
         finished = train(args, model, rows, state, device)
     except FloatingPointError as error:
         sys.exit(f"train.py: {error}")
-    if not finished:
-        sys.exit(f"Interrupted; the same command with --resume goes on from here. State: {args.out}/state.pt")
-    finish(args, model, tokenizer, splits, where, device)
+    try:
+        if not finished:
+            raise KeyboardInterrupt
+        finish(args, model, tokenizer, splits, where, device)
+    except KeyboardInterrupt:
+        sys.exit(f"Interrupted; the same command with --resume goes on from here (state: {args.out}/state.pt).")
 
 
 def finish(args, model, tokenizer, splits, where, device):
@@ -412,7 +417,7 @@ def finish(args, model, tokenizer, splits, where, device):
     if args.freeze:  # the LM is the one it was
         base, base_predictions = {"base": metrics["off"]}, {"base": predictions["off"]}
     else:
-        del model
+        model.to("cpu")  # room for the other one
         lm, _ = load_model(args, where, device)
         base, base_predictions = evaluate(DLRModel(lm).to(device), tokenizer, splits["test"], ["base"], **settings)
     metrics, predictions = {**base, **metrics}, {**base_predictions, **predictions}

@@ -170,6 +170,11 @@ def test_bad_input_is_answered_in_one_sentence(folder, tmp_path, monkeypatch, fl
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_limit_that_leaves_no_room_for_answers(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--max-length 8;" in call(train.main, "--model", folder, *SUMS, "--max-length", "8")
+
+
 def test_an_infinite_loss_names_step_and_batch(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sentence = call(train.main, "--model", folder, *SUMS, "--lr", "1e30")
