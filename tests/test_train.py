@@ -379,7 +379,7 @@ needs_real = pytest.mark.skipif(not (os.environ.get("DLR_DATA_DIR") and os.envir
 @needs_real
 def test_a_pretrained_gguf_on_real_data(tmp_path):
     done = run("--model", os.environ["DLR_GGUF"], "--data", "commonsense_qa", "--data-dir", os.environ["DLR_DATA_DIR"],
-               "--n", "4", "--batch-size", "4", "--val", "1", "--test", "2", "--max-new-tokens", "6",
+               "--n", "4", "--batch-size", "4", "--val", "1", "--test", "2", "--max-new-tokens", "6", "--freeze",
                "--rollouts", "4", "--out", "run", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
