@@ -115,7 +115,7 @@ def check_settings(args):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
     if args.freeze and args.method == "sft":
         raise ValueError("--freeze with --method sft leaves nothing to train; for --model tiny, add --no-freeze.")
-    if args.model == "tiny" and args.data != "arithmetic":
+    if args.model == "tiny" and (args.data in data.TASKS or args.data.endswith(".jsonl")):
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
     if args.model == "tiny" and args.val + args.test > TINY_HELD_OUT:
         raise ValueError(f"--val and --test are at most {TINY_HELD_OUT} together: the tiny LM knows the other sums.")

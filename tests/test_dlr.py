@@ -434,7 +434,7 @@ def test_search_draws_from_the_tempered_router():
 def test_search_ignores_dropout_and_leaves_the_mode_alone():
     torch.manual_seed(0)
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5))
-    model = DLRModel(lm, num_codes=C, chunk_size=K).train()
+    model = DLRModel(lm, num_codes=C, chunk_size=K, layer=0).train()  # block 1, with its dropout, runs per rollout
     lm.transformer.h[0].eval()  # a caller's own choice
     ids = texts()[0][None]
     scores = model.search(ids, torch.ones_like(ids), rollouts=4).log_likelihood

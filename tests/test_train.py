@@ -143,6 +143,7 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("flags, said", [
     (["--data", "gsm9k"], "gsm8k"),
+    (["--model", "tiny", "--data", "gsm9k"], "unknown data 'gsm9k'"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
     (["--data", "gsm8k", "--data-dir", "nowhere"], "nowhere/gsm8k"),
     (["--data", "mine.jsonl", "--n", "50"], "the largest n is"),
@@ -287,8 +288,8 @@ def test_the_sft_loss_is_the_lms_own(folder):
 
 def test_accumulated_batches_step_like_one(folder, tmp_path):
     """SFT on texts of unequal length: two batches of 4 make the step of one batch of 8."""
-    weights = []
-    examples = data.arithmetic(4, digits=2) + data.arithmetic(4, digits=5)
+    weights, norms = [], []
+    examples = data.arithmetic(7, digits=2) + data.arithmetic(1, digits=15)  # one of the two batches is the longer one
     for size in (4, 8):
         model, tokenizer = little_model(folder)
         out = tmp_path / str(size)
@@ -300,9 +301,11 @@ def test_accumulated_batches_step_like_one(folder, tmp_path):
                 module.p = 0.0
         assert train.train(args, model, data.encode(examples, tokenizer)[0], None, torch.device("cpu"))
         weights.append(model.lm.transformer.h[0].mlp.c_fc.weight)
+        norms.append(log_of(out)[0]["grad_norm"])  # AdamW's first step hardly tells the scale of a gradient
     before = AutoModelForCausalLM.from_pretrained(folder).transformer.h[0].mlp.c_fc.weight
     assert (weights[0] - before).abs().max() > 1e-4
     torch.testing.assert_close(weights[0], weights[1], atol=2e-6, rtol=1e-4)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_batched_answers_equal_single_ones(folder):
