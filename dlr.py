@@ -225,21 +225,30 @@ class DLRModel(nn.Module):
         winner = scores.argmax(1)[:, None, None].expand(-1, 1, drawn.shape[-1])
         return SearchResult(drawn.gather(1, winner)[:, 0], scores, drawn, logits)
 
-    def loss(self, input_ids, response_mask, codes, attention_mask=None, trunk=None, alpha_policy=0.5, alpha_reg=0.1):
-        """(4) for the selected codes (B, M) -> `Loss`. In training mode the running average of (4d) moves on."""
+    def loss(self, input_ids, response_mask, codes, attention_mask=None, trunk=None, alpha_policy=0.5, alpha_reg=0.1,
+             steer=None, generalist=True):
+        """(4) for the selected codes (B, M) -> `Loss`. In training mode the running average of (4d) moves on.
+
+        Two ablations: `steer` (B, M) are other codes for (4b) to be computed under, such as the router's own choice,
+        while `codes` teach the router alone; `generalist=False` leaves (4a) out, of the value as of the gradient."""
         trunk = trunk or self.trunk(input_ids, attention_mask)
         logits = self._route(trunk)
-        codes = codes[:, : logits.shape[1]]
-        both = torch.stack([torch.full_like(codes, -1), codes], 1)  # (B, 2, M): unsteered beside steered
-        unsteered, steered = self.log_likelihood(input_ids, response_mask, both, trunk=trunk).unbind(1)
+        steer = (codes if steer is None else steer)[:, : logits.shape[1]]
         tokens = _counted(trunk, response_mask).sum()
+        steered = mean_nll(self.log_likelihood(input_ids, response_mask, steer, trunk=trunk), tokens)
+        unsteered = torch.zeros_like(steered)
+        if generalist:  # with a frozen LM it is a number to look at, and needs no graph
+            learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.lm.parameters())
+            with torch.set_grad_enabled(learning):
+                off = torch.full_like(steer, -1)
+                unsteered = mean_nll(self.log_likelihood(input_ids, response_mask, off, trunk=trunk), tokens)
         average = 0.8 * self.bigram + 0.2 * bigrams(logits, trunk.real, self.bigram)
         if self.training:
             self.bigram = average.detach()
         loss = Loss(
-            generalist=mean_nll(unsteered, tokens),
-            steered=mean_nll(steered, tokens),
-            policy=policy_term(logits, codes, trunk.real),
+            generalist=unsteered,
+            steered=steered,
+            policy=policy_term(logits, codes[:, : logits.shape[1]], trunk.real),
             prior=prior_term(average, zipf_prior(average.detach().sum(1))),
         )
         loss.total = loss.generalist + loss.steered + alpha_policy * loss.policy + alpha_reg * loss.prior

@@ -1,7 +1,8 @@
 """Evaluate runs: generate an answer to every test prompt, with the codes on, off, random, and taken from elsewhere.
 
-    python eval.py runs/tiny-arithmetic-dlr-s0                      # one run
-    python eval.py runs/gpt2-gsm8k-dlr-s0 runs/gpt2-gsm8k-sft-s0    # two runs on one test set, compared in pairs
+    python eval.py runs/tiny-arithmetic-dlr-s0                              # one run: load it, answer, print
+    python eval.py --saved --against runs/sft-s0 runs/dlr-s0 runs/sft-s0    # compare the answers that the runs hold
+    python eval.py --saved --seeds --against runs/sft-s0 runs/*-s?          # runs that differ in seed only are one row
 
 "Off costs accuracy" alone says little: any constant vector that the model got used to would do the same. So a model
 with codes is looked at under five conditions, all on the same weights (but for `base`):
@@ -12,14 +13,17 @@ with codes is looked at under five conditions, all on the same weights (but for 
     random    every chunk takes a code at random: does it matter *which* codes steer?
     other     every chunk takes the code that another test example had at that position: does the *text* matter?
 
+A run without codes has one condition, named after its method. analyze.py has more interventions.
+
 Accuracy is strict (the answer after `####`) and flexible (else the last number, letter or yes/no), each as a mean over
 test examples with a 95% bootstrap interval. Cut off are answers that did not end within --max-new-tokens: where that
-share is high, accuracy measures length. NLL is the mean loss per token of the reference response, in nats.
+share is high, accuracy measures length. NLL is the mean loss per token of the reference response, in nats. A
+comparison is paired: the difference is taken example by example, then averaged, with a bootstrap interval and p value.
 """
 import argparse
-import itertools
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +32,16 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import baselines
 import data
 from dlr import DLRModel
 
-CONDITIONS = {"dlr": ("steered", "off", "random", "other"), "sft": ("sft",)}
+KEEP, OFF = -1, -2  # in a table of codes: leave the router's choice; steer nothing
+
+
+def conditions_of(method):
+    """The conditions under which a run of this method is evaluated, the one that stands for the run first."""
+    return ("steered", "off", "random", "other") if method == "dlr" else (method,)
 
 
 def choose_device(name="auto"):
@@ -46,25 +56,36 @@ def choose_device(name="auto"):
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def resample(values):
+    """Means of 5000 bootstrap resamples of `values` (n,), seeded -> (5000,)."""
+    return bootstrap((values,), np.mean, n_resamples=5000, batch=500, method="percentile", rng=0).bootstrap_distribution
+
+
 def interval(values):
     """Mean of `values` (n,) with its 95% percentile bootstrap interval -> (mean, low, high)."""
     values = np.asarray(values, dtype=float)
-    if values.std() == 0:  # nothing to resample
-        return (values[0],) * 3
-    found = bootstrap((values,), np.mean, n_resamples=5000, batch=500, method="percentile", rng=0).confidence_interval
-    return values.mean(), float(found.low), float(found.high)
+    if np.ptp(values) == 0:  # nothing to resample
+        return (float(values[0]),) * 3
+    return (float(values.mean()), *map(float, np.quantile(resample(values), [0.025, 0.975])))
 
 
 def compare(a, b):
-    """Paired difference a - b of two runs on the same examples (n,) -> (mean, low, high), as in `interval`."""
-    return interval(np.asarray(a, dtype=float) - np.asarray(b, dtype=float))
+    """Paired difference a - b of two runs on the same examples (n,) -> (mean, low, high, p).
+
+    The interval is that of `interval`; p is two-sided: twice the smaller share of resamples on either side of zero."""
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    if np.ptp(difference) == 0:
+        return (float(difference[0]),) * 3 + (float(difference[0] == 0),)
+    means = resample(difference)
+    tail = min((means <= 0).sum(), (means >= 0).sum())
+    return *interval(difference), float(min(1.0, 2 * (tail + 1) / (len(means) + 1)))
 
 
 def others_codes(codes):
     """For every example and chunk, the code that another example used at that position: codes (N, M) -> (N, M).
 
-    Each column is rotated by one among the examples that have a code there; -1 where there is no other."""
-    others = torch.full_like(codes, -1)
+    Each column is rotated by one among the examples that have a code there; KEEP where there is no other."""
+    others = torch.full_like(codes, KEEP)
     for m in range(codes.shape[1]):
         rows = (codes[:, m] >= 0).nonzero()[:, 0]
         if len(rows) > 1:
@@ -73,12 +94,12 @@ def others_codes(codes):
 
 
 def table_intervention(table):
-    """An intervention that steers with codes from a table (rows, M); where that has none (-1), the router's stay."""
+    """An intervention that steers with codes from a table (rows, M): KEEP and beyond it the router's, OFF with none."""
     def intervention(codes):
-        given = torch.full_like(codes, -1)
+        given = torch.full_like(codes, KEEP)
         width = min(codes.shape[1], table.shape[1])
         given[:, :width] = table[:, :width]
-        return torch.where(given >= 0, given, codes)
+        return torch.where(given == KEEP, codes, given.clamp(min=-1))
     return intervention
 
 
@@ -137,7 +158,7 @@ def response_nll(model, tokenizer, examples, intervention=None, max_length=512, 
 def evaluate(model, tokenizer, examples, conditions, seed=0, max_length=512, **settings):
     """Answer the examples under each of the named conditions -> (metrics, predictions), dicts by condition.
 
-    "base" and "sft" are the model without steering. `settings` go to `answer`."""
+    Any other name than those of the docstring is the model without steering. `settings` go to `answer`."""
     model.eval()
     metrics, predictions, codes = {}, {}, None
     for condition in conditions:
@@ -168,10 +189,12 @@ def summarise(predictions):
 def table(metrics):
     """The conditions of a run as lines of text."""
     percent = lambda value: "{:5.1f}  [{:5.1f}, {:5.1f}]".format(*(100 * v for v in value))
-    lines = [f"{'':<9} {'strict %  (95%)':<22} {'flexible %  (95%)':<22} {'cut off %':>9} {'tokens':>7} {'NLL':>7}"]
+    wide = max(9, *map(len, metrics))
+    lines = [f"{'':<{wide}} {'strict %  (95%)':<22} {'flexible %  (95%)':<22} "
+             f"{'cut off %':>9} {'tokens':>7} {'NLL':>7}"]
     for name, row in metrics.items():
         nll = f"{row['nll']:7.4f}" if "nll" in row else f"{'':7}"
-        lines.append(f"{name:<9} {percent(row['strict'])} {percent(row['flexible'])} {100 * row['cut_off']:9.1f} "
+        lines.append(f"{name:<{wide}} {percent(row['strict'])} {percent(row['flexible'])} {100 * row['cut_off']:9.1f} "
                      f"{row['tokens']:7.1f} {nll}")
     return "\n".join(lines)
 
@@ -189,14 +212,19 @@ def write_results(run, metrics, predictions, **more):
     path.write_text(json.dumps(before, indent=2) + "\n")
 
 
+def read_config(run):
+    """The settings of a finished run. Raises FileNotFoundError for a folder that is not one."""
+    if not all(Path(run, name).exists() for name in ("config.json", "metrics.json", "predictions.jsonl", "model")):
+        raise FileNotFoundError(f"{run} is not a finished run: it should hold config.json, metrics.json and model/.")
+    return json.loads(Path(run, "config.json").read_text())
+
+
 def load_run(run, device="cpu"):
-    """A finished run folder -> (model, tokenizer, config). An SFT run comes as a DLRModel that never steers.
+    """A finished run folder -> (model, tokenizer, config). A run without codes comes as a DLRModel that never steers.
 
     Raises FileNotFoundError for a folder that is not a finished run."""
     run = Path(run)
-    if not (run / "config.json").is_file() or not (run / "model").is_dir():
-        raise FileNotFoundError(f"{run} is not a finished run: it should hold config.json and model/.")
-    config = json.loads((run / "config.json").read_text())
+    config = read_config(run)
     if config["method"] == "dlr":
         model = DLRModel.from_pretrained(run / "model", dtype=torch.float32)
     else:
@@ -205,9 +233,116 @@ def load_run(run, device="cpu"):
 
 
 def load_data(config):
-    """The splits of a run, from its settings. -> dict as `data.load` gives it"""
+    """The splits of a run as its model reads them, from its settings. -> dict as `data.load` gives it"""
     names = ("n", "val", "test", "seed", "data_dir", "digits", "ops", "nines")
-    return data.load(config["data"], **{name: config[name] for name in names})
+    splits = data.load(config["data"], **{name: config[name] for name in names})
+    if config["method"] == "pause":
+        splits = {split: baselines.with_pauses(examples, config["pauses"]) for split, examples in splits.items()}
+    return splits
+
+
+@dataclass
+class Result:
+    """A run that was evaluated: `metrics` and `predictions` by condition."""
+
+    run: str
+    config: dict
+    metrics: dict
+    predictions: dict
+
+    data = property(lambda self: Path(self.config["data"]).name)
+    main = property(lambda self: conditions_of(self.config["method"])[0])
+
+
+def saved_result(run):
+    """The answers that a finished run holds -> Result. Raises FileNotFoundError for a folder that is not one."""
+    config, metrics, predictions = read_config(run), json.loads(Path(run, "metrics.json").read_text()), {}
+    for line in Path(run, "predictions.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        predictions.setdefault(row["condition"], []).append(row)
+    return Result(run, config, metrics["test"], predictions)
+
+
+def fresh_result(run, args):
+    """Load a run, answer its test set, and write and print what comes out -> Result."""
+    model, tokenizer, config = load_run(run, choose_device(args.device))
+    config.update({k: v for k, v in vars(args).items() if k in config and k != "device" and v is not None})
+    test = load_data(config)["test"]
+    metrics, predictions = evaluate(model, tokenizer, test, conditions_of(config["method"]),
+                                    max_length=config["max_length"], max_new_tokens=config["max_new_tokens"],
+                                    batch_size=args.batch_size or config["eval_batch_size"])
+    write_results(run, metrics, predictions)
+    print(f"{run}: {len(test)} test examples of {config['data']}\n{table(metrics)}\n", flush=True)
+    base = saved_result(run)  # the LM before is not here any more, but its answers are
+    if len(base.predictions.get("base", [])) == len(test):
+        metrics, predictions = {**base.metrics, **metrics}, {**base.predictions, **predictions}
+    return Result(run, config, metrics, predictions)
+
+
+def grouped(results, join_seeds):
+    """Rows of the comparison -> {(data, name): [(Result, condition)]}; with `join_seeds` one Result a seed.
+
+    A row is a run, or all that differ in their seed alone; `base` is what the runs on that data started from."""
+    apart = {"seed", "out", "commit", "device", "save_every", "resume", "overwrite", "python", "torch", "transformers"}
+    rows, names = {}, {}
+    for result in results:
+        seed = result.config["seed"]
+        base = rows.setdefault((result.data, "base"), [])
+        if "base" in result.predictions and seed not in [one.config["seed"] for one, _ in base]:
+            base.append((result, "base"))
+        settings, name = str(Path(result.run)), Path(result.run).name
+        if join_seeds:
+            settings = json.dumps([value for key, value in sorted(result.config.items()) if key not in apart])
+            name = name.removesuffix(f"-s{seed}")
+        if name in names.values() and names.get(settings) != name:
+            name = str(Path(result.run))  # the name of other runs already
+        rows.setdefault((result.data, names.setdefault(settings, name)), []).append((result, result.main))
+    return {key: row for key, row in sorted(rows.items(), key=lambda item: item[0][0]) if row}
+
+
+def questions(predictions):
+    """What was asked, without what a method adds to it: runs with the same are compared."""
+    return [row["prompt"].replace(baselines.PAUSE, "") for row in predictions]
+
+
+def paired(row, other):
+    """Two rows of `grouped` -> (mean, low, high, p) of the difference in strict accuracy, or None.
+
+    Over several seeds, runs of the same seed are paired, and their examples; the interval is over examples."""
+    theirs = {result.config["seed"]: result.predictions[condition] for result, condition in other}
+    mine = {result.config["seed"]: result.predictions[condition] for result, condition in row}
+    if len(mine) == len(theirs) == 1:
+        theirs = dict(zip(mine, theirs.values()))
+    seeds = [seed for seed in mine if seed in theirs and questions(mine[seed]) == questions(theirs[seed])]
+    if not seeds or len({tuple(questions(mine[seed])) for seed in seeds}) > 1:
+        return None
+    strict = [np.mean([[one["strict"] for one in answers[seed]] for seed in seeds], 0) for answers in (mine, theirs)]
+    return compare(*strict)
+
+
+def comparison(rows, against=None):
+    """The rows of `grouped` as lines of text; differences are to the row that holds the run `against` (or "base")."""
+    lines = [f"{'data':<16} {'run':<20} {'seeds':>5} {'strict %  (95%)':<20} {'± sd':>5} {'flex. %':>7} {'cut %':>5} "
+             f"{'tokens':>6} {'NLL':>6}" + (f"  {'difference  (95%)':<20} p" if against else "")]
+    for (data_name, name), row in rows.items():
+        metrics = [result.metrics[condition] for result, condition in row]
+        mean = lambda key: np.mean([one[key][0] if key == "flexible" else one[key] for one in metrics])
+        per_seed = np.array([one["strict"][0] for one in metrics])
+        spread = f"{100 * per_seed.std(ddof=1):5.1f}" if len(row) > 1 else f"{'':5}"
+        same = len({tuple(questions(result.predictions[condition])) for result, condition in row}) == 1
+        strict = [[one["strict"] for one in result.predictions[condition]] for result, condition in row]
+        center = interval(np.mean(strict, 0)) if same else (per_seed.mean(), np.nan, np.nan)
+        center, low, high = 100 * np.array(center)
+        line = (f"{data_name:<16} {name:<20} {len(row):5} {center:5.1f} [{low:5.1f}, {high:5.1f}] {spread} "
+                f"{100 * mean('flexible'):7.1f} {100 * mean('cut_off'):5.1f} {mean('tokens'):6.1f} {mean('nll'):6.3f}")
+        if against:
+            other = [o for (d, n), o in rows.items() if d == data_name
+                     and (n == against or any(Path(r.run) == Path(against) and c != "base" for r, c in o))]
+            found = paired(row, other[0]) if other else None
+            line += "  not comparable" if found is None else (
+                "  {:+5.1f} [{:+5.1f}, {:+5.1f}] ".format(*np.multiply(100, found[:3])) + f"{found[3]:.3f}")
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def parse_args(argv=None):
@@ -215,39 +350,32 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"eval.py: {message}; see --help.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder(s) written by train.py")
+    parser.add_argument("--saved", action="store_true", help="take the answers that the runs hold; load no model")
+    parser.add_argument("--seeds", action="store_true", help="join runs that differ in their seed only")
+    parser.add_argument("--against", metavar="RUN", help="one of the runs, or base: what the others are compared with")
     parser.add_argument("--test", type=int, help="test examples, 0 = all (default: as in the run)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: as in the run)")
     parser.add_argument("--batch-size", type=int, help="prompts at once (default: as in the run)")
     parser.add_argument("--data-dir", help="folder with <task>/<split>.jsonl (default: as in the run)")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.against not in (None, "base") and Path(args.against) not in map(Path, args.runs):
+        parser.error(f"--against is {args.against}, but it should be one of the runs given, or base")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    answers = {}  # run -> its answers with the codes on
+    results, left_out = [], []
     for run in args.runs:
         try:
-            model, tokenizer, config = load_run(run, choose_device(args.device))
-            config.update({k: v for k, v in vars(args).items() if k in config and k != "device" and v is not None})
-            test = load_data(config)["test"]
+            results.append(saved_result(run) if args.saved else fresh_result(run, args))
         except (OSError, ValueError) as error:
-            sys.exit(f"eval.py: {error}".splitlines()[0])
-        batch_size = args.batch_size or config["eval_batch_size"]
-        metrics, predictions = evaluate(
-            model, tokenizer, test, CONDITIONS[config["method"]], max_length=config["max_length"],
-            max_new_tokens=config["max_new_tokens"], batch_size=batch_size,
-        )
-        write_results(run, metrics, predictions)
-        print(f"{run}: {len(test)} test examples of {config['data']}\n{table(metrics)}\n")
-        answers[run] = predictions[CONDITIONS[config["method"]][0]]
-    for one, two in itertools.combinations(answers, 2):
-        if [row["prompt"] for row in answers[one]] != [row["prompt"] for row in answers[two]]:
-            print(f"{one} and {two} were tested on different examples: not compared.")
-            continue
-        strict = [[row["strict"] for row in answers[run]] for run in (one, two)]
-        mean, low, high = (100 * value for value in compare(*strict))
-        print(f"{one} - {two}: {mean:+.1f} points strict, 95% paired bootstrap [{low:+.1f}, {high:+.1f}]")
+            left_out.append(f"eval.py: {run} is left out: {str(error).splitlines()[0]}")
+    if len(results) > 1 or args.saved and results:
+        print(comparison(grouped(results, args.seeds), args.against))
+    if left_out:
+        sys.exit("\n".join(left_out))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Post-train a language model with Dynamic Latent Routing (or plain SFT), evaluate it, save it.
+"""Post-train a language model with Dynamic Latent Routing (or what it is compared with), evaluate it, save it.
 
-    python train.py                                             # embedded default: nothing to download, about 2 minutes
-    python train.py --model gpt2 --data gsm8k --n 256           # a model and a data set from the Hugging Face hub
-    python train.py --model gpt2 --data gsm8k --n 256 --method sft      # the same without codes: what to compare with
-    python train.py --model ./my-model --data ./my.jsonl        # a local folder or file.gguf; prompts and responses
+    python train.py                                                  # embedded default: nothing to download, 1 minute
+    python train.py --model gpt2 --data gsm8k --n 256                # a model and a data set from the hub
+    python train.py --model gpt2 --data gsm8k --n 256 --method sft   # no codes; also pause, tokenassorted, lora
+    python train.py --model ./my-model --data ./my.jsonl             # a local folder or file.gguf; prompts, responses
 
 Each step: *search* N code sequences for every text of the batch, *select* the likeliest, *update* LM, codebook and
-router together (equations in dlr.py). One page, top to bottom: settings, checks, model, the step, the loop, the end.
+router together (equations in dlr.py). The other methods (baselines.py) change the model or the texts, and share all
+else: data, steps, optimiser, log, checkpoint, evaluation. Top to bottom: settings, checks, model, step, loop, end.
 
 The embedded default is a setting in which codes carry weight: a GPT-2 of two blocks is first taught to add three-digit
 numbers (and kept), the way a pretrained model arrives; then DLR, with that LM frozen, steers it on a little hard
@@ -34,13 +35,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import baselines
 import data
 from dlr import DLRModel, mean_nll, save_lm
-from eval import CONDITIONS, choose_device, evaluate, response_nll, table, write_results
+from eval import choose_device, conditions_of, evaluate, response_nll, table, write_results
 
 # What --model tiny means unless a flag says otherwise. Found on validation sums; a real LM wants the other defaults.
 EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=3e-2, lr=1e-4,
-                batch_size=64, eval_batch_size=500, freeze=True)
+                batch_size=64, eval_batch_size=500)
 TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
 # what the progress bar shows of a step
 SHOWN = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
@@ -52,13 +54,17 @@ def parse_args(argv=None):
     parser.error = lambda message: sys.exit(f"train.py: {message}; see --help.")  # one sentence, not a page of usage
     group = parser.add_argument_group("model and method")
     group.add_argument("--model", default="tiny", help="tiny (default), a hub name, a local folder, a .gguf file")
-    group.add_argument("--method", default="dlr", choices=["dlr", "sft"], help="sft is the same loop without codes")
+    group.add_argument("--method", default="dlr", choices=["dlr", "sft", "pause", "tokenassorted", "lora"],
+                       help="sft is the same loop without codes; the others are in baselines.py")
     group.add_argument("--freeze", action=argparse.BooleanOptionalAction, default=False,
-                       help="train codebook and router only (default: train the LM along; tiny: freeze)")
+                       help="dlr: train codebook and router only (default: train the LM along; tiny: freeze)")
     group.add_argument("--codes", type=int, default=32, metavar="C", help="size of the codebook; 1 = a static vector")
     group.add_argument("--chunk", type=int, default=4, metavar="K", help="tokens a chunk")
     group.add_argument("--layer", type=int, help="block whose output is steered, from 0 (default: the middle one)")
     group.add_argument("--scale", type=float, default=0.1, metavar="ALPHA", help="weight of the added code vectors")
+    group.add_argument("--pauses", type=int, default=10, help="pause: pause tokens after a prompt")
+    group.add_argument("--lora-rank", type=int, default=8, help="lora: rank of the adapters")
+    group.add_argument("--lora-layers", type=int, nargs="+", metavar="L", help="lora: their blocks (default: all)")
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="arithmetic", help=f"arithmetic, {', '.join(data.TASKS)}, or a file.jsonl")
     group.add_argument("--data-dir", help="folder with <task>/<split>.jsonl to read instead of the hub")
@@ -74,6 +80,10 @@ def parse_args(argv=None):
     group.add_argument("--temperature", type=float, default=1.0, metavar="TAU", help="of the draws; 0 = argmax")
     group.add_argument("--alpha-policy", type=float, default=0.5, help="weight of the router's imitation term")
     group.add_argument("--alpha-reg", type=float, default=0.1, help="weight of the bigram prior")
+    group.add_argument("--objective", default="full", choices=["full", "specialist"],
+                       help="specialist: without the generalist term, so that only the steered model is taught")
+    group.add_argument("--update-on", default="best", choices=["best", "argmax"],
+                       help="codes that the steered term trains on: the search's winner, or the router's argmax")
     group.add_argument("--search-dtype", default="float32", choices=["float32", "bfloat16"],
                        help="precision of the search; bfloat16 rounds away what early rollouts differ by")
     group = parser.add_argument_group("optimisation")
@@ -93,8 +103,9 @@ def parse_args(argv=None):
     group.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     group.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: 256; arithmetic: 16)")
     group.add_argument("--eval-batch-size", type=int, default=32, help="prompts answered at once")
-    if parser.parse_known_args(argv)[0].model == "tiny":
-        parser.set_defaults(**EMBEDDED)
+    first_look = parser.parse_known_args(argv)[0]
+    if first_look.model == "tiny":
+        parser.set_defaults(**EMBEDDED, freeze=first_look.method == "dlr")
     args = parser.parse_args(argv)
     if args.max_new_tokens is None:
         args.max_new_tokens = args.digits + 13 if args.data == "arithmetic" else 256
@@ -107,14 +118,16 @@ def parse_args(argv=None):
 def check_settings(args):
     """Raises ValueError for a setting that cannot work, before anything is loaded."""
     for name in ("codes", "chunk", "rollouts", "batch_size", "accumulate", "epochs", "save_every", "eval_batch_size",
-                 "max_new_tokens", "max_length", "digits"):
+                 "max_new_tokens", "max_length", "digits", "pauses", "lora_rank"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
     for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
-    if args.freeze and args.method == "sft":
-        raise ValueError("--freeze with --method sft leaves nothing to train; for --model tiny, add --no-freeze.")
+    if args.freeze and args.method != "dlr":
+        raise ValueError(f"--freeze is for --method dlr: with {args.method} it would leave nothing to train, or says "
+                         f"nothing new (lora).")
+    baselines.check_packages(args.method)
     if args.model == "tiny" and (args.data in data.TASKS or args.data.endswith(".jsonl")):
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
     if args.model == "tiny" and args.val + args.test > TINY_HELD_OUT:
@@ -124,7 +137,7 @@ def check_settings(args):
 def find_model(args):
     """-> arguments of `from_pretrained` for args.model, after a look at its config alone (None for the tiny one).
 
-    Raises OSError where there is no such model, ValueError for a --layer that it does not have."""
+    Raises OSError where there is no such model, ValueError for a block that it does not have."""
     path, where, layers = Path(args.model), None, 2
     if path.suffix == ".gguf":
         where = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
@@ -142,8 +155,9 @@ def find_model(args):
                           f"({first_line(error)}): pass a model folder, or run without --model for the built-in one.")
         args.max_length = min(args.max_length, getattr(config, "max_position_embeddings", None) or args.max_length)
         layers = config.num_hidden_layers
-    if args.layer is not None and not 0 <= args.layer < layers:
-        raise ValueError(f"--layer is {args.layer}, but {args.model} has blocks 0 to {layers - 1}.")
+    for flag, blocks in (("--layer", [args.layer or 0]), ("--lora-layers", args.lora_layers or [0])):
+        if not 0 <= min(blocks) <= max(blocks) < layers:
+            raise ValueError(f"{flag} is {' '.join(map(str, blocks))}, but {args.model} has blocks 0 to {layers - 1}.")
     return where
 
 
@@ -158,6 +172,20 @@ def load_model(args, where, device):
         where = dict(pretrained_model_name_or_path=str(teach_tiny(args, device)))
     tokenizer = AutoTokenizer.from_pretrained(**where)
     return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(device), tokenizer
+
+
+def dress(args, lm, tokenizer, splits):
+    """Change model, tokenizer and texts as the method asks (baselines.py). -> the splits to train and evaluate on"""
+    texts = dict(splits)
+    if args.method == "lora":
+        baselines.add_lora(lm, args.lora_rank, args.lora_layers)
+    elif args.method == "pause":
+        baselines.add_tokens(lm, tokenizer, [baselines.PAUSE])
+        texts = {split: baselines.with_pauses(examples, args.pauses) for split, examples in splits.items()}
+    elif args.method == "tokenassorted":
+        texts["train"], said = baselines.assort(splits["train"], lm, tokenizer, args.chunk, args.codes, args.seed)
+        print(f"tokenassorted: {said}.")
+    return texts
 
 
 def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
@@ -213,24 +241,35 @@ def sft_loss(model, input_ids, mask, response):
     return mean_nll(model.log_likelihood(input_ids, response, unsteered, trunk=trunk), tokens)
 
 
-def step_loss(args, model, batch):
-    """One forward of the method: (search, select and) the loss -> (loss to minimise, what to log: {name: tensor})."""
+def step_loss(args, model, batch, look):
+    """One forward of the method: (search, select and) the loss -> (loss to minimise, what to log: {name: tensor}).
+
+    `look`: log also what the text costs under the router's argmax and without codes, which no step needs to know."""
     input_ids, mask, response = batch
-    if args.method == "sft":
+    if args.method != "dlr":
         loss = sft_loss(model, input_ids, mask, response)
         return loss, {"loss": loss}
     trunk = model.trunk(input_ids, mask)  # shared by the search and both paths of the loss
     rollouts = args.rollouts if args.codes > 1 else 1  # one code leaves nothing to search
     found = model.search(input_ids, response, rollouts, args.temperature, trunk=trunk,
                          dtype=getattr(torch, args.search_dtype))
+    argmax = found.logits.argmax(-1).masked_fill(~trunk.real, -1)  # (B, M) what would be chosen without the answer
+    steer = argmax if args.update_on == "argmax" else found.codes
     loss = model.loss(input_ids, response, found.codes, trunk=trunk, alpha_policy=args.alpha_policy,
-                      alpha_reg=args.alpha_reg)
-    tokens = response.sum()
+                      alpha_reg=args.alpha_reg, steer=steer, generalist=args.objective == "full")
+    tokens = response[:, 1:].sum()
     best, mean = found.log_likelihood.max(1).values, found.log_likelihood.mean(1)  # (B,)
     used = torch.zeros(args.codes + 1, device=tokens.device).index_fill(0, found.codes.flatten() + 1, 1.0)
-    return loss.total, {**loss, "best_nll": mean_nll(best, tokens), "mean_nll": mean_nll(mean, tokens),
-                        "spread": (found.log_likelihood.std(1) if rollouts > 1 else best * 0).mean(),
-                        "codes_used": used[1:].mean()}
+    values = {**loss, "best_nll": mean_nll(best, tokens), "mean_nll": mean_nll(mean, tokens),
+              "spread": (found.log_likelihood.std(1) if rollouts > 1 else best * 0).mean(),
+              "codes_used": used[1:].mean()}
+    if look:
+        aside = torch.Generator(input_ids.device)  # looking must not change what the next step draws
+        for name, intervention in (("argmax_nll", None), ("off_nll", "off")):
+            with model.intervene(intervention):
+                score = model.search(input_ids, response, 1, 0, trunk=trunk, generator=aside).log_likelihood  # (B, 1)
+            values[name] = mean_nll(score, tokens)
+    return loss.total, values
 
 
 def prepare_out(args):
@@ -320,7 +359,8 @@ def train(args, model, rows, state, device):
                 epoch, place = divmod(step, per_epoch)
                 order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
                 chosen = order[place * per_step : (place + 1) * per_step]
-                line = train_step(args, model, optimizer, schedule, rows, chosen, step, device)
+                look = step % max(1, steps // 100) == 0 or step + 1 == steps
+                line = train_step(args, model, optimizer, schedule, rows, chosen, step, look, device)
                 log.write(json.dumps({"step": step, "epoch": epoch, **line}) + "\n")
                 bar.set_postfix({name: f"{line[name]:.3g}" for name in SHOWN if name in line})
                 bar.update()
@@ -334,7 +374,7 @@ def train(args, model, rows, state, device):
     return True
 
 
-def train_step(args, model, optimizer, schedule, rows, chosen, step, device):
+def train_step(args, model, optimizer, schedule, rows, chosen, step, look, device):
     """One optimiser step on the chosen rows -> what to log. Raises FloatingPointError where the loss is not finite."""
     began = time.time()
     micro = [chosen[i : i + args.batch_size] for i in range(0, len(chosen), args.batch_size)]
@@ -345,7 +385,7 @@ def train_step(args, model, optimizer, schedule, rows, chosen, step, device):
         batch = data.collate([rows[i] for i in part], device=device)
         use = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
         with use:
-            loss, values = step_loss(args, model, batch)
+            loss, values = step_loss(args, model, batch, look)
         (share * loss).backward()
         for name, value in values.items():
             logged[name] = logged.get(name, 0) + share * value.detach()
@@ -379,14 +419,16 @@ def main(argv=None):
             print("Embedded default: a tiny LM that can add a little, frozen; only codebook and router are trained, on "
                   "harder sums (--no-freeze trains the LM along).", flush=True)
         lm, tokenizer = load_model(args, where, device)
-        rows, cut, dropped = data.encode(splits["train"], tokenizer, args.max_length)
+        lm.requires_grad_(not args.freeze)
+        torch.manual_seed(args.seed)
+        texts = dress(args, lm, tokenizer, splits)
+        rows, cut, dropped = data.encode(texts["train"], tokenizer, args.max_length)
         if not rows:
             raise ValueError(f"no prompt leaves room for an answer within --max-length {args.max_length}; raise it.")
         torch.manual_seed(args.seed)
         model = DLRModel(lm, args.codes, args.chunk, args.layer, args.scale).to(device)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {first_line(error)}")
-    lm.requires_grad_(not args.freeze)
     for parameter in (model.codebook, model.router.weight):
         parameter.requires_grad_(args.method == "dlr")
     trained = write_config(args, model)
@@ -399,26 +441,28 @@ def main(argv=None):
     try:
         if not finished:
             raise KeyboardInterrupt
-        finish(args, model, tokenizer, splits, where, device)
+        finish(args, model, tokenizer, splits, texts, where, device)
     except KeyboardInterrupt:
         sys.exit(f"Interrupted; the same command with --resume goes on from here (state: {args.out}/state.pt).")
 
 
-def finish(args, model, tokenizer, splits, where, device):
+def finish(args, model, tokenizer, splits, texts, where, device):
     """Save the model, answer the test set under every condition, print the table."""
     folder = Path(args.out, "model")
+    if args.method == "lora":
+        baselines.merge_lora(model.lm)
     model.save_pretrained(folder) if args.method == "dlr" else save_lm(model.lm, folder)
     tokenizer.save_pretrained(folder)
     settings = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, batch_size=args.eval_batch_size)
     model.eval()
-    validation = response_nll(model, tokenizer, splits["validation"], None if args.method == "dlr" else "off",
+    validation = response_nll(model, tokenizer, texts["validation"], None if args.method == "dlr" else "off",
                               args.max_length, args.eval_batch_size)  # None without validation examples
-    metrics, predictions = evaluate(model, tokenizer, splits["test"], CONDITIONS[args.method], **settings)
+    metrics, predictions = evaluate(model, tokenizer, texts["test"], conditions_of(args.method), **settings)
     if args.freeze:  # the LM is the one it was
         base, base_predictions = {"base": metrics["off"]}, {"base": predictions["off"]}
     else:
         model.to("cpu")  # room for the other one
-        lm, _ = load_model(args, where, device)
+        lm, tokenizer = load_model(args, where, device)
         base, base_predictions = evaluate(DLRModel(lm).to(device), tokenizer, splits["test"], ["base"], **settings)
     metrics, predictions = {**base, **metrics}, {**base_predictions, **predictions}
     write_results(args.out, metrics, predictions, validation={"nll": validation})

@@ -92,7 +92,8 @@ def test_a_run_from_command_to_checkpoint_and_back(folder, tmp_path, monkeypatch
     assert not (out / "model" / "dlr.safetensors").exists()
 
 
-@pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "sft")])
+@pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "sft"),
+                                         (signal.SIGINT, "lora")])
 def test_an_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, how, method):
     settings = ["--model", str(folder), *SUMS, "--method", method, "--epochs", "4", "--accumulate", "2",
                 "--save-every", "3"]
@@ -153,7 +154,9 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--codes", "-3"], "--codes is -3"),
     (["--layer", "3"], "blocks 0 to 2"),
     (["--lr", "-1"], "--lr is -1"),
-    (["--freeze", "--method", "sft"], "leaves nothing to train"),
+    (["--freeze", "--method", "sft"], "leave nothing to train"),
+    (["--method", "lora", "--lora-layers", "0", "3"], "blocks 0 to 2"),
+    (["--pauses", "0", "--method", "pause"], "--pauses is 0"),
     (["--model", "empty"], "no config.json"),
     (["--model", "nowhere.gguf"], "nowhere.gguf does not exist"),
     (["--model", "no/such-model"], "pass a model folder"),
@@ -190,7 +193,9 @@ def test_eval_compares_runs_in_pairs(folder, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     evaluation.main([*runs, "--test", "7"])
     printed = capsys.readouterr().out
-    assert f"{runs[0]} - {runs[1]}: " in printed and "7 test examples" in printed
+    assert "7 test examples" in printed
+    rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("arithmetic ")}
+    assert list(rows) == ["little-arithmetic-sft-s0", "little-arithmetic-sft-s1"]  # no base: it answered 12
     assert "not a finished run" in call(evaluation.main, "runs")
 
 
@@ -358,10 +363,10 @@ def test_intervals():
     half = 1.96 * values.std() / 20
     assert low == pytest.approx(mean - half, abs=0.01) and high == pytest.approx(mean + half, abs=0.01)
     assert evaluation.interval([True] * 9) == (1.0, 1.0, 1.0)
-    assert evaluation.compare(values, values) == (0.0, 0.0, 0.0)
+    assert evaluation.compare(values, values) == (0.0, 0.0, 0.0, 1.0)
     better = values | (rng.random(400) < 0.2)
-    mean, low, high = evaluation.compare(better, values)
-    assert 0 < low < mean < high and mean == pytest.approx(better.mean() - values.mean())
+    mean, low, high, p = evaluation.compare(better, values)
+    assert 0 < low < mean < high and mean == pytest.approx(better.mean() - values.mean()) and p < 0.001
 
 
 def test_the_embedded_settings_give_way_to_flags():

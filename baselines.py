@@ -1,0 +1,165 @@
+"""What Dynamic Latent Routing is compared with. Each method changes the model or the texts; then it is SFT (train.py).
+
+    pause           n learned <pause> tokens follow every prompt, in training as at inference. They give the model more
+                    positions to compute in before it answers; nothing is predicted at them, so no loss counts them.
+                    S. Goyal et al., "Think before you speak: Training Language Models With Pause Tokens", ICLR 2024.
+    tokenassorted   A VQ-VAE learns to say a chunk of K tokens in one of C codes. In the training texts a prefix of the
+                    reasoning, of random length, is replaced by its codes:
+                        <codes> c_1 .. c_m </codes> rest of the reasoning #### answer,    m ~ uniform on 0 .. M
+                    and the LM, its vocabulary larger by the codes, is trained on the mixture. At inference it writes
+                    codes and text as it likes; codes are dropped, the text is scored. The answer is never encoded.
+                    D. Su et al., "Token Assorted: Mixing Latent and Text Tokens for Improved Language Model
+                    Reasoning", ICML 2025 (there chunks have 16 tokens; here they have --chunk, as in DLR).
+    lora            W + B A with B A of low rank, on all linear layers of the chosen blocks, with the LM itself frozen:
+                    what a few trained numbers can do without any code. E. Hu et al., "LoRA", ICLR 2022.
+
+All changes of text are made in text, with special tokens of the tokenizer: whoever encodes or decodes it needs to know
+nothing of them (`skip_special_tokens=True` drops them). Needs peft for lora, vector-quantize-pytorch for tokenassorted.
+"""
+import importlib.util
+import random
+import warnings
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
+
+from dlr import find_blocks
+
+PAUSE = "<|pause|>"
+CODES_BEGIN, CODES_END = "<|codes|>", "<|/codes|>"
+PACKAGES = {"lora": "peft", "tokenassorted": "vector-quantize-pytorch"}
+
+
+def check_packages(method):
+    """Raises ValueError, with the command that helps, where the library of a method is not installed."""
+    package = PACKAGES.get(method)
+    if package and importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise ValueError(f"--method {method} needs the package {package}: pip install {package}")
+
+
+def add_tokens(lm, tokenizer, tokens):
+    """New special tokens for tokenizer and LM (both in place); their embeddings start around the mean of the others."""
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # some models have spare rows
+        lm.resize_token_embeddings(len(tokenizer))
+
+
+def with_pauses(examples, count):
+    """[Example] with `count` pause tokens after each prompt: as context, they are never counted in a loss."""
+    return [replace(example, prompt=example.prompt + count * PAUSE) for example in examples]
+
+
+def add_lora(lm, rank, layers=None):
+    """Adapters of a rank on all linear layers of the given blocks (None = all), in place; everything else is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    blocks_name = find_blocks(lm)
+    blocks = lm.get_submodule(blocks_name)
+    layers = range(len(blocks)) if layers is None else layers
+    linear = [(f"{blocks_name}.{i}.{name}", part) for i in layers for name, part in blocks[i].named_modules()
+              if isinstance(part, (nn.Linear, Conv1D))]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[name for name, _ in linear],
+                        fan_in_fan_out=any(isinstance(part, Conv1D) for _, part in linear))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers about an attribute's old name
+        get_peft_model(lm, config)
+
+
+def merge_lora(lm):
+    """W <- W + B A, in place: afterwards the LM is an ordinary one again."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, part in list(lm.named_modules()):
+        if isinstance(part, LoraLayer):
+            part.merge()
+            lm.set_submodule(name, part.get_base_layer())
+
+
+class ChunkVQ(nn.Module):
+    """A VQ-VAE for chunks of K tokens: embeddings -> encoder -> one of C codes -> decoder -> logits of the K tokens.
+
+    embedding (V, H): the LM's own, kept as it is, both to read the tokens and to score them."""
+
+    def __init__(self, embedding, chunk_size, num_codes, width=128):
+        from vector_quantize_pytorch import VectorQuantize
+
+        super().__init__()
+        size = embedding.shape[1]
+        self.register_buffer("embedding", F.layer_norm(embedding.detach().float(), (size,)))
+        self.encoder = nn.Sequential(nn.Linear(chunk_size * size, width), nn.GELU(), nn.Linear(width, width))
+        # codes that nothing is assigned to any more start anew at some chunk of the batch
+        self.quantizer = VectorQuantize(width, num_codes, kmeans_init=True, threshold_ema_dead_code=1)
+        self.decoder = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, chunk_size * size))
+
+    def forward(self, chunks):
+        """Token ids (B, K) -> logits (B, K, V), codes (B,), the loss that ties encoder and codebook together."""
+        encoded = self.encoder(self.embedding[chunks].flatten(1))  # (B, width)
+        quantized, codes, commitment = self.quantizer(encoded)
+        decoded = self.decoder(quantized).view(*chunks.shape, -1)  # (B, K, H)
+        return decoded @ self.embedding.T / self.embedding.shape[1] ** 0.5, codes, commitment
+
+
+def train_vq(chunks, embedding, num_codes, steps=500, batch_size=256, seed=0):
+    """A `ChunkVQ` taught to rebuild the chunks (n, K) -> (codes (n,), share of tokens rebuilt).
+
+    Only tokens that occur are told apart: a vocabulary of 50,000 costs no more than the few hundred in use."""
+    known, chunks = chunks.unique(return_inverse=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vq = ChunkVQ(embedding[known.to(embedding.device)].cpu(), chunks.shape[1], num_codes)
+        optimizer = torch.optim.AdamW(vq.parameters(), lr=1e-3, weight_decay=0.01)
+        for _ in range(steps):
+            batch = chunks[torch.randint(len(chunks), (batch_size,))]
+            logits, _, commitment = vq(batch)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.flatten()) + commitment
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    vq.eval()
+    with torch.no_grad():
+        logits, codes, _ = zip(*map(vq, chunks.split(batch_size)))
+    rebuilt = torch.cat([part.argmax(-1) for part in logits]) == chunks
+    return torch.cat(codes), rebuilt.float().mean().item()
+
+
+def reasoning_chunks(response, tokenizer, chunk_size):
+    """The whole chunks of K tokens that come before the `####` of a response.
+
+    -> (ids, ends): the chunks' token ids, (M, K) as lists, and where in the text each chunk ends."""
+    reasoning = response.rpartition("####")[0].rstrip()
+    encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
+    inside = sum(end <= len(reasoning) for _, end in encoded.offset_mapping)
+    places = range(0, inside - chunk_size + 1, chunk_size)
+    ids = [encoded.input_ids[i : i + chunk_size] for i in places]
+    return ids, [encoded.offset_mapping[i + chunk_size - 1][1] for i in places]
+
+
+def assort(examples, lm, tokenizer, chunk_size, num_codes, seed=0):
+    """[Example] for training, a random prefix of each one's reasoning in codes -> (examples, a sentence about it).
+
+    Adds the codes to the LM and its tokenizer, in place; neither changes where there is no reasoning to replace.
+    Raises ValueError for a tokenizer that cannot tell where in the text its tokens are."""
+    if not tokenizer.is_fast:
+        raise ValueError("--method tokenassorted needs a fast tokenizer, which knows where in the text its tokens are.")
+    found = [reasoning_chunks(example.response, tokenizer, chunk_size) for example in examples]
+    chunks = torch.tensor([ids for chunk_ids, _ in found for ids in chunk_ids])  # (n, K)
+    if not len(chunks):
+        return examples, (f"no answer has a whole chunk (K = {chunk_size}) of reasoning before its ####, so there is "
+                          f"nothing to put into codes: this is plain SFT")
+    codes, rebuilt = train_vq(chunks, lm.get_input_embeddings().weight, num_codes, seed=seed)
+    names = [f"<|code_{i}|>" for i in range(num_codes)]
+    add_tokens(lm, tokenizer, [CODES_BEGIN, CODES_END, *names])
+    rng, codes, mixed, replaced = random.Random(seed), iter(codes.tolist()), [], 0
+    for example, (chunk_ids, ends) in zip(examples, found):
+        own = [names[next(codes)] for _ in chunk_ids]
+        m = rng.randint(0, len(own))
+        replaced += m
+        if m:
+            rest = example.response[ends[m - 1] :]
+            example = replace(example, response=CODES_BEGIN + "".join(own[:m]) + CODES_END + rest)
+        mixed.append(example)
+    return mixed, (f"{replaced} of {len(chunks)} chunks of reasoning put into {num_codes} codes, which can rebuild "
+                   f"{100 * rebuilt:.0f}% of their tokens")
