@@ -502,6 +502,33 @@ def test_the_loss_and_its_gradient_equal_the_equation(family, checkpointing):
         torch.testing.assert_close(grad, wanted[name], atol=2e-5 * wanted[name].abs().max().item() + 1e-6, rtol=2e-3)
 
 
+def test_the_ablations_of_the_loss_equal_the_equation():
+    """Other codes for the steered term, no generalist term, and both with the LM frozen."""
+    model = build("llama")
+    torch.nn.init.normal_(model.router.weight, std=0.05)
+    ids, mask = pad(texts(), "right")
+    response, bigram = mask.bool() & (torch.arange(ids.shape[1]) >= 2), model.bigram.clone()
+    codes, steer = random_codes(3, 4), random_codes(3, 4, seed=5)
+    taught = written_out_again(model, ids, response, codes, mask, bigram, 0.7, 0.3)
+    steered = written_out_again(model, ids, response, steer, mask, bigram, 0.7, 0.3)["steered"]
+    total = steered + 0.7 * taught["policy"] + 0.3 * taught["prior"]
+    wanted = gradients(model, total)
+    for frozen in (False, True):
+        model.lm.requires_grad_(not frozen)
+        for generalist in (False, True):
+            got = model.loss(ids, response, codes, attention_mask=mask, alpha_policy=0.7, alpha_reg=0.3, steer=steer,
+                             generalist=generalist)
+            assert got.steered.item() == pytest.approx(steered.item(), rel=1e-4)
+            assert got.generalist.item() == pytest.approx(generalist * taught["generalist"].item(), rel=1e-4)
+            assert got.total.item() == pytest.approx(total.item() + got.generalist.item(), rel=1e-4)
+            if frozen or not generalist:  # the unsteered loss teaches the LM alone
+                grads = gradients(model, got.total)
+                assert len(grads) == 2 if frozen else grads.keys() == wanted.keys()
+                for name, grad in grads.items():
+                    torch.testing.assert_close(grad, wanted[name], atol=2e-5 * wanted[name].abs().max().item() + 1e-6,
+                                               rtol=2e-3)
+
+
 def test_sharing_the_trunk_changes_nothing():
     model = build("qwen3").train()
     ids, mask = pad(texts(), "left")

@@ -92,6 +92,27 @@ def test_a_run_from_command_to_checkpoint_and_back(folder, tmp_path, monkeypatch
     assert not (out / "model" / "dlr.safetensors").exists()
 
 
+def test_the_ablations_teach_what_they_say(folder, tmp_path, monkeypatch):
+    """Without dropout, the loss of a step is what its log says of best, argmax and off."""
+    monkeypatch.chdir(tmp_path)
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(lm.config, name, 0.0)
+    lm.save_pretrained("dry")
+    tokenizer.save_pretrained("dry")
+    logs = {}
+    for objective in ("full", "specialist"):
+        for codes in ("best", "argmax"):
+            train.main(["--model", "dry", *SUMS, "--objective", objective, "--update-on", codes, "--out", "run", "--test",
+                        "1", "--overwrite"])
+            for line in log_of("run"):
+                assert line["steered"] == pytest.approx(line[f"{codes}_nll"], rel=1e-5)
+                assert line["generalist"] == pytest.approx(line["off_nll"] * (objective == "full"), rel=1e-5)
+                assert line["best_nll"] <= line["mean_nll"]
+            logs[objective, codes] = line
+    assert len({line["argmax_nll"] for line in logs.values()}) == 4  # four ways to train
+
+
 @pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "sft"),
                                          (signal.SIGINT, "lora")])
 def test_an_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, how, method):
