@@ -92,6 +92,24 @@ def policy_term(logits, codes, real):
     return (nll * real).sum() / real.sum().clamp(min=1)
 
 
+def rloo_term(logits, rollouts, log_likelihood, real, tokens):
+    """In place of (4c): the router learns from all rollouts, each in proportion to how it did against the others.
+
+        - 1/tokens sum_b 1/N sum_i (l_bi - mean_j!=i l_bj) log p(a^bi | x_b),      l = log p(x | a), a constant
+
+    The gradient is an unbiased estimate of that of the loss per token which the router's own draws (tau = 1) would
+    meet, so nothing is learned that only a look at the answer could tell. "RLOO", leave-one-out REINFORCE: W. Kool et
+    al., "Buy 4 REINFORCE Samples, Get a Baseline for Free!", 2019. logits (B, M, C), rollouts (B, N, M), log_likelihood
+    (B, N), real (B, M), tokens: the response tokens of the batch -> scalar; zero for a single rollout."""
+    number = rollouts.shape[1]
+    if number == 1:
+        return logits.sum() * 0
+    advantage = (log_likelihood - log_likelihood.mean(1, keepdim=True)) * number / (number - 1)  # (B, N)
+    log_p = logits.log_softmax(-1)[:, None].expand(-1, number, -1, -1).gather(-1, rollouts.clamp(min=0)[..., None])
+    log_p = (log_p[..., 0] * real[:, None]).sum(-1)  # (B, N)
+    return -(advantage.detach() * log_p).sum() / number / tokens.clamp(min=1)
+
+
 def bigrams(logits, real, fallback):
     """(4d): b[i, j] = mean of p_m(i) p_m+1(j) over consecutive real chunks of the same text -> (C, C), sums to one.
 
@@ -125,13 +143,15 @@ class DLRModel(nn.Module):
     """A Hugging Face decoder-only LM, a codebook (C, H) and a router Linear(H, C).
 
     `lm`: any `AutoModelForCausalLM`; `num_codes` C; `chunk_size` K, tokens; `layer`: the block (0-based) whose output
-    is steered, None = the middle one; `scale` alpha. Everywhere `attention_mask` (B, T) tells padding, left or right
-    (None = no padding), and `codes` is a LongTensor with -1 for a chunk that is not steered: (B, M), one sequence for
-    each text, or (B, R, M), R sequences for each. M = ceil(tokens of the longest text / K).
+    is steered, None = the middle one; `scale` alpha; `router_norm`: what the router reads, "none" = h itself, "rms" =
+    h / rms(h), "centred" = the same after the mean h is taken away (see `calibrate`). Everywhere `attention_mask`
+    (B, T) tells padding, left or right (None = no padding), and `codes` is a LongTensor with -1 for a chunk that is not
+    steered: (B, M), one sequence for each text, or (B, R, M), R sequences for each. M = ceil(tokens of the longest text
+    / K).
 
     Raises ValueError where a setting is out of range or `lm` is not a decoder-only LM."""
 
-    def __init__(self, lm, num_codes=32, chunk_size=4, layer=None, scale=0.1):
+    def __init__(self, lm, num_codes=32, chunk_size=4, layer=None, scale=0.1, router_norm="none"):
         super().__init__()
         self._blocks_name = find_blocks(lm)
         blocks = lm.get_submodule(self._blocks_name)
@@ -140,7 +160,9 @@ class DLRModel(nn.Module):
             raise ValueError(f"layer is {layer}, but this LM has blocks 0 to {len(blocks) - 1}.")
         if num_codes < 1 or chunk_size < 1:
             raise ValueError(f"num_codes ({num_codes}) and chunk_size ({chunk_size}) must be at least 1.")
-        self.lm = lm
+        if router_norm not in ("none", "rms", "centred"):
+            raise ValueError(f'router_norm is {router_norm!r}; it should be "none", "rms" or "centred".')
+        self.lm, self.router_norm = lm, router_norm
         self.num_codes, self.chunk_size, self.layer, self.scale = num_codes, chunk_size, layer, scale
         self.last_codes = None  # (B, M) what the last generate() was steered with
         self._intervention = None
@@ -150,6 +172,8 @@ class DLRModel(nn.Module):
         nn.init.normal_(self.router.weight, std=0.01)
         # running average of the bigrams of (4d), from "every bigram alike"
         self.register_buffer("bigram", torch.full((num_codes, num_codes), num_codes**-2.0, device=device))
+        self.register_buffer("unit", torch.ones((), device=device))  # of alpha
+        self.register_buffer("center", torch.zeros(width, device=device))  # of what the router reads
 
     def forward(self, input_ids, attention_mask=None, codes=None):
         """-> logits (B, T, V), or (B, R, T, V) for codes (B, R, M); `codes=None` takes the router's argmax (5)."""
@@ -173,16 +197,30 @@ class DLRModel(nn.Module):
             raise TypeError("The blocks of this LM return tuples; DLRModel needs transformers >= 5.")
         return Trunk(input_ids=input_ids, hidden=captured[0], **grid)
 
-    def route(self, input_ids, attention_mask=None):
+    def route(self, input_ids, attention_mask=None, trunk=None):
         """(2) -> router logits (B, M, C); the gradient reaches the router alone."""
         with torch.no_grad():
-            trunk = self.trunk(input_ids, attention_mask)
+            trunk = trunk or self.trunk(input_ids, attention_mask)
         return self._route(trunk)
+
+    @torch.no_grad()
+    def calibrate(self, input_ids, attention_mask=None):
+        """Measure, once, what h is like in this LM: `unit` = its typical size, `center` = its mean. Both are saved.
+
+        Afterwards alpha counts in units of h: at alpha = 1, a code vector of entries +-1 is as long as the median h.
+        Each text's first token is left out: in many LMs it is an attention sink, a hundred times longer."""
+        with _eval_mode(self.lm):
+            trunk = self.trunk(input_ids, attention_mask)
+        later = (trunk.chunk >= 0) & (torch.arange(input_ids.shape[1], device=input_ids.device) > trunk.first[:, :1])
+        hidden = trunk.hidden[later].float()  # (n, H)
+        self.unit.copy_(hidden.norm(dim=-1).median() / hidden.shape[-1] ** 0.5)
+        self.center.copy_(hidden.mean(0))
 
     def log_likelihood(self, input_ids, response_mask, codes=None, attention_mask=None, trunk=None):
         """log p of the tokens where `response_mask` (B, T) is true -> (B,), or (B, R) for codes (B, R, M), in nats.
 
-        The text's first token is never counted: nothing predicts it. `codes=None` takes the router's argmax (5)."""
+        The text's first token is never counted: nothing predicts it. `codes=None` takes the router's argmax (5); codes
+        of floats (B, M, C) are weights: every chunk is steered by a mixture of all code vectors."""
         trunk = trunk or self.trunk(input_ids, attention_mask)
         if codes is None:
             codes = self._argmax(trunk)
@@ -197,28 +235,22 @@ class DLRModel(nn.Module):
         per_token = torch.zeros(counted.shape, device=hidden.device)
         if log_p:
             per_token = per_token.masked_scatter(counted, torch.cat(log_p))
-        return per_token.sum(-1).view(codes.shape[:-1])
+        return per_token.sum(-1).view(len(input_ids) if codes.is_floating_point() else codes.shape[:-1])
 
     @torch.no_grad()
     def search(self, input_ids, response_mask, rollouts=8, temperature=1.0, attention_mask=None, trunk=None,
                generator=None, dtype=torch.float32):
         """(3): draw `rollouts` code sequences for each text, score them -> `SearchResult`.
 
-        `temperature`: tau, one number or one for each rollout; 0 draws the argmax. `dtype` is the precision of the
-        scores: rollouts differ by hundredths of a nat at first, less than what bfloat16 rounds away, so float32 holds
-        even inside autocast. Dropout is off. Raises ValueError for less than one rollout, or a negative temperature."""
-        tau = torch.as_tensor(temperature, dtype=torch.float32)
-        if rollouts < 1 or tau.min() < 0 or tau.numel() not in (1, rollouts):
-            raise ValueError(f"rollouts is {rollouts}, which must be at least 1, and temperature {temperature}, which "
-                             f"must be one number >= 0, or one for each rollout.")
+        `rollouts`: how many, or the sequences themselves (B, R, M), which are then scored as they are. `temperature`:
+        tau, one number or one for each rollout; 0 draws the argmax. `dtype` is the precision of the scores: rollouts
+        differ by hundredths of a nat at first, less than what bfloat16 rounds away, so float32 holds even inside
+        autocast. Dropout is off. Raises ValueError for less than one rollout, or a negative temperature."""
         with _eval_mode(self.lm):
             trunk = trunk or self.trunk(input_ids, attention_mask)
             logits = self._route(trunk)  # (B, M, C)
-            # argmax of z + tau * Gumbel noise is a draw from softmax(z / tau), and the argmax itself at tau = 0
-            noise = torch.empty(len(logits), rollouts, *logits.shape[1:], device=logits.device)  # (B, R, M, C)
-            noise = -noise.exponential_(generator=generator).log()
-            drawn = (logits[:, None] + tau.view(-1, 1, 1).to(noise) * noise).argmax(-1)  # (B, R, M)
-            drawn = drawn.masked_fill(~trunk.real[:, None], -1)
+            drawn = rollouts if torch.is_tensor(rollouts) else self._draw(logits, rollouts, temperature, generator)
+            drawn = drawn.masked_fill(~trunk.real[:, None], -1)  # (B, R, M)
             low = None if dtype == torch.float32 else dtype
             with torch.autocast(input_ids.device.type, dtype=low, enabled=low is not None):
                 scores = self.log_likelihood(input_ids, response_mask, drawn, trunk=trunk)  # (B, R)
@@ -226,33 +258,33 @@ class DLRModel(nn.Module):
         return SearchResult(drawn.gather(1, winner)[:, 0], scores, drawn, logits)
 
     def loss(self, input_ids, response_mask, codes, attention_mask=None, trunk=None, alpha_policy=0.5, alpha_reg=0.1,
-             steer=None, generalist=True):
+             steer=None, generalist=True, reinforce=None):
         """(4) for the selected codes (B, M) -> `Loss`. In training mode the running average of (4d) moves on.
 
-        Two ablations: `steer` (B, M) are other codes for (4b) to be computed under, such as the router's own choice,
-        while `codes` teach the router alone; `generalist=False` leaves (4a) out, of the value as of the gradient."""
+        Beyond the paper: `steer` are other codes (B, M), or weights (B, M, C), for (4b) to be computed under;
+        `generalist=False` leaves (4a) out, of the value as of the gradient; `reinforce`, a `SearchResult`, puts
+        `rloo_term` in the place of (4c). With `codes=None` (then `steer` is needed) there is no (4c)."""
         trunk = trunk or self.trunk(input_ids, attention_mask)
         logits = self._route(trunk)
-        steer = (codes if steer is None else steer)[:, : logits.shape[1]]
-        tokens = _counted(trunk, response_mask).sum()
+        chunks, tokens = logits.shape[1], _counted(trunk, response_mask).sum()
+        steer = (codes if steer is None else steer)[:, :chunks]
         steered = mean_nll(self.log_likelihood(input_ids, response_mask, steer, trunk=trunk), tokens)
-        unsteered = torch.zeros_like(steered)
+        unsteered = policy = torch.zeros_like(steered)
         if generalist:  # with a frozen LM it is a number to look at, and needs no graph
             learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.lm.parameters())
             with torch.set_grad_enabled(learning):
-                off = torch.full_like(steer, -1)
+                off = trunk.real.new_full(trunk.real.shape, -1, dtype=torch.long)
                 unsteered = mean_nll(self.log_likelihood(input_ids, response_mask, off, trunk=trunk), tokens)
+        if reinforce is not None:
+            policy = rloo_term(logits, reinforce.rollouts, reinforce.log_likelihood, trunk.real, tokens)
+        elif codes is not None:
+            policy = policy_term(logits, codes[:, :chunks], trunk.real)
         average = 0.8 * self.bigram + 0.2 * bigrams(logits, trunk.real, self.bigram)
         if self.training:
             self.bigram = average.detach()
-        loss = Loss(
-            generalist=unsteered,
-            steered=steered,
-            policy=policy_term(logits, codes[:, : logits.shape[1]], trunk.real),
-            prior=prior_term(average, zipf_prior(average.detach().sum(1))),
-        )
-        loss.total = loss.generalist + loss.steered + alpha_policy * loss.policy + alpha_reg * loss.prior
-        return loss
+        prior = prior_term(average, zipf_prior(average.detach().sum(1)))
+        total = unsteered + steered + alpha_policy * policy + alpha_reg * prior
+        return Loss(total=total, generalist=unsteered, steered=steered, policy=policy, prior=prior)
 
     def generate(self, input_ids, attention_mask=None, **kwargs):
         """(5): `lm.generate` (greedy, sampling, beams; same arguments, same result) with steering and KV cache.
@@ -297,9 +329,9 @@ class DLRModel(nn.Module):
     def save_pretrained(self, directory):
         """Write an ordinary Hugging Face folder (the LM) plus `dlr.safetensors` and `dlr_config.json`."""
         save_lm(self.lm, directory)
-        own = {"codebook": self.codebook, "router.weight": self.router.weight, "bigram": self.bigram}
-        save_file({name: t.detach().contiguous().cpu() for name, t in own.items()}, Path(directory, "dlr.safetensors"))
-        config = {name: getattr(self, name) for name in ("num_codes", "chunk_size", "layer", "scale")}
+        own = {name: t for name, t in self.state_dict().items() if not name.startswith("lm.")}
+        save_file({name: t.contiguous().cpu() for name, t in own.items()}, Path(directory, "dlr.safetensors"))
+        config = {name: getattr(self, name) for name in ("num_codes", "chunk_size", "layer", "scale", "router_norm")}
         Path(directory, "dlr_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -344,24 +376,49 @@ class DLRModel(nn.Module):
 
     def _route(self, trunk):
         width = trunk.hidden.shape[-1]
-        first = trunk.hidden.detach().gather(1, trunk.first[..., None].expand(-1, -1, width))  # (B, M, H)
-        return self.router(first.to(self.router.weight.dtype)).float()  # (B, M, C)
+        return self._logits(trunk.hidden.detach().gather(1, trunk.first[..., None].expand(-1, -1, width)))  # (B, M, C)
+
+    def _logits(self, hidden):
+        """(2) for states (..., H), in float32 -> (..., C)."""
+        hidden = hidden.to(self.router.weight.dtype)
+        if self.router_norm != "none":
+            hidden = hidden - self.center if self.router_norm == "centred" else hidden
+            hidden = F.rms_norm(hidden, hidden.shape[-1:])
+        return self.router(hidden).float()
+
+    def _draw(self, logits, rollouts, temperature, generator):
+        """`rollouts` code sequences from router logits (B, M, C) -> (B, R, M)."""
+        tau = torch.as_tensor(temperature, dtype=torch.float32)
+        if rollouts < 1 or tau.min() < 0 or tau.numel() not in (1, rollouts):
+            raise ValueError(f"rollouts is {rollouts}, which must be at least 1, and temperature {temperature}, which "
+                             f"must be one number >= 0, or one for each rollout.")
+        # argmax of z + tau * Gumbel noise is a draw from softmax(z / tau), and the argmax itself at tau = 0
+        noise = torch.empty(len(logits), rollouts, *logits.shape[1:], device=logits.device)  # (B, R, M, C)
+        noise = -noise.exponential_(generator=generator).log()
+        return (logits[:, None] + tau.view(-1, 1, 1).to(noise) * noise).argmax(-1)
 
     def _argmax(self, trunk):
         return self._route(trunk).argmax(-1).masked_fill(~trunk.real, -1)
 
     def _above(self, module, trunk, codes):
         """Run `module` (the LM or its backbone) from the steered trunk on; rows of the output: texts times rollouts."""
-        grid = codes if codes.dim() == 3 else codes[:, None]  # (B, R, M)
+        mixed = codes.is_floating_point()
+        grid = codes if codes.dim() == 3 and not mixed else codes[:, None]  # (B, R, M), or weights (B, 1, M, C)
         chunks = trunk.real.shape[1]
-        if grid.shape[0] != len(trunk.hidden) or grid.shape[-1] < chunks:
+        if grid.shape[0] != len(trunk.hidden) or grid.shape[2] < chunks:
             raise ValueError(f"codes {tuple(codes.shape)} must be (B, M) or (B, R, M) with B = {len(trunk.hidden)} "
                              f"texts and M = {chunks} chunks of {self.chunk_size} tokens.")
         repeats = grid.shape[1]
         chunk = trunk.chunk[:, None].expand(-1, repeats, -1)  # (B, R, T)
-        grid = self._intervened(grid.flatten(0, 1)).view(grid.shape)
-        token_codes = grid.gather(-1, chunk.clamp(min=0)).masked_fill(chunk < 0, -1)
-        steered = (trunk.hidden[:, None] + self._vectors(token_codes, trunk.hidden.dtype)).flatten(0, 1)
+        if mixed:
+            of_chunk = self.scale * self.unit * (codes @ self.codebook)  # (B, M, H)
+            place = trunk.chunk.clamp(min=0)[..., None].expand(-1, -1, of_chunk.shape[-1])
+            vectors = (of_chunk.gather(1, place) * (trunk.chunk >= 0)[..., None]).to(trunk.hidden.dtype)[:, None]
+        else:
+            grid = self._intervened(grid.flatten(0, 1)).view(grid.shape)
+            token_codes = grid.gather(-1, chunk.clamp(min=0)).masked_fill(chunk < 0, -1)
+            vectors = self._vectors(token_codes, trunk.hidden.dtype)
+        steered = (trunk.hidden[:, None] + vectors).flatten(0, 1)
         padding = {name: t.repeat_interleave(repeats, 0) for name, t in trunk.padding.items()}
         below = {str(i): _identity for i in range(self.layer)}
         with _standing_in(self._blocks, {**below, str(self.layer): lambda *args, **kwargs: steered}):
@@ -371,7 +428,7 @@ class DLRModel(nn.Module):
     def _vectors(self, token_codes, dtype):
         """(1): alpha * e for codes of any shape (...), zero where the code is -1 -> (..., H)."""
         vectors = F.embedding(token_codes.clamp(min=0), self.codebook) * (token_codes >= 0)[..., None]
-        return (self.scale * vectors).to(dtype)
+        return (self.scale * self.unit * vectors).to(dtype)
 
     def _intervened(self, codes):
         if self._intervention is None:
@@ -430,7 +487,7 @@ class DLRModel(nn.Module):
         if grid is not None:
             before[:, : grid.shape[1]] = grid
         target = torch.where((position >= 0) & (position % self.chunk_size == 0), chunk, width)
-        grid = before.scatter(1, target, self.router(hidden.to(self.router.weight.dtype)).argmax(-1))[:, :width]
+        grid = before.scatter(1, target, self._logits(hidden).argmax(-1))[:, :width]
         begins = torch.zeros_like(before, dtype=torch.bool).scatter(1, target, True)[:, :width]
         grid = torch.where(begins, self._intervened(grid), grid)
         return grid.gather(1, chunk.clamp(min=0)).masked_fill(chunk < 0, -1), grid

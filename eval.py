@@ -36,12 +36,13 @@ import baselines
 import data
 from dlr import DLRModel
 
+ROUTED = ("dlr", "soft")  # the methods that have codes
 KEEP, OFF = -1, -2  # in a table of codes: leave the router's choice; steer nothing
 
 
 def conditions_of(method):
     """The conditions under which a run of this method is evaluated, the one that stands for the run first."""
-    return ("steered", "off", "random", "other") if method == "dlr" else (method,)
+    return ("steered", "off", "random", "other") if method in ROUTED else (method,)
 
 
 def choose_device(name="auto"):
@@ -109,18 +110,26 @@ def batches(lengths, batch_size):
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+def encode_to_answer(model, tokenizer, examples, max_new_tokens):
+    """Prompts that leave the model room -> (lists of token ids, new tokens that all of them leave room for).
+
+    The answers get what the prompts leave; a prompt of more than half the context loses its beginning."""
+    prompts = data.encode_prompts([example.prompt for example in examples], tokenizer)
+    limit = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
+    if limit:
+        prompts = [ids[-max(limit - max_new_tokens, limit // 2):] for ids in prompts]
+        max_new_tokens = min(max_new_tokens, limit - max(map(len, prompts)))
+    return prompts, max_new_tokens
+
+
 @torch.no_grad()
 def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, batch_size=16, label=""):
     """Greedy answers to the prompts -> (predictions, codes).
 
     `intervention`: None, "off", "random", or a table of codes (N, M) for the N examples. predictions: one dict an
-    example (prompt, answer, text, strict, flexible, cut_off, tokens); codes (N, M) steered it, -1 after its end."""
+    example (prompt, answer, ids, text, strict, flexible, cut_off); codes (N, M) steered it, -1 after its end."""
     device = model.codebook.device
-    prompts = data.encode_prompts([example.prompt for example in examples], tokenizer)
-    limit = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
-    if limit:  # the answer gets what the prompts leave; a prompt of more than half the context loses its beginning
-        prompts = [ids[-max(limit - max_new_tokens, limit // 2):] for ids in prompts]
-        max_new_tokens = min(max_new_tokens, limit - max(map(len, prompts)))
+    prompts, max_new_tokens = encode_to_answer(model, tokenizer, examples, max_new_tokens)
     predictions, rows = [None] * len(examples), [None] * len(examples)
     for batch in tqdm(batches(list(map(len, prompts)), batch_size), f"answering {label}", leave=False):
         input_ids, mask = data.collate_prompts([prompts[i] for i in batch], device=device)
@@ -135,8 +144,8 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
             ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
             text = tokenizer.decode(ids, skip_special_tokens=True)
             strict, flexible = data.score(text, examples[i].answer)
-            predictions[i] = {"prompt": examples[i].prompt, "answer": examples[i].answer, "text": text,
-                              "strict": strict, "flexible": flexible, "cut_off": not ended, "tokens": len(ids)}
+            predictions[i] = {"prompt": examples[i].prompt, "answer": examples[i].answer, "ids": ids, "text": text,
+                              "strict": strict, "flexible": flexible, "cut_off": not ended}
             rows[i] = codes[: -(-(len(prompts[i]) + len(ids)) // model.chunk_size)]
     return predictions, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
@@ -183,7 +192,7 @@ def summarise(predictions):
     """Accuracies with their intervals, and lengths, of a list of predictions -> dict."""
     column = lambda name: [prediction[name] for prediction in predictions]
     return {"strict": interval(column("strict")), "flexible": interval(column("flexible")), "n": len(predictions),
-            "cut_off": float(np.mean(column("cut_off"))), "tokens": float(np.mean(column("tokens")))}
+            "cut_off": float(np.mean(column("cut_off"))), "tokens": float(np.mean(list(map(len, column("ids")))))}
 
 
 def table(metrics):
@@ -225,7 +234,7 @@ def load_run(run, device="cpu"):
     Raises FileNotFoundError for a folder that is not a finished run."""
     run = Path(run)
     config = read_config(run)
-    if config["method"] == "dlr":
+    if (run / "model" / "dlr_config.json").is_file():
         model = DLRModel.from_pretrained(run / "model", dtype=torch.float32)
     else:
         model = DLRModel(AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32))

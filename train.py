@@ -38,11 +38,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 import baselines
 import data
 from dlr import DLRModel, mean_nll, save_lm
-from eval import choose_device, conditions_of, evaluate, response_nll, table, write_results
+from eval import ROUTED, choose_device, conditions_of, evaluate, response_nll, table, write_results
 
 # What --model tiny means unless a flag says otherwise. Found on validation sums; a real LM wants the other defaults.
 EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=3e-2, lr=1e-4,
                 batch_size=64, eval_batch_size=500)
+# What --recipe means unless a flag says otherwise: "paper" are the defaults.
+RECIPES = {"paper": {}, "ours": dict(policy="rloo", update_on="argmax", router_norm="rms", scale_units="hidden")}
 TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
 # what the progress bar shows of a step
 SHOWN = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
@@ -53,15 +55,21 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message}; see --help.")  # one sentence, not a page of usage
     group = parser.add_argument_group("model and method")
+    group.add_argument("--recipe", default="paper", choices=list(RECIPES), help="ours: " + ", ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["ours"].items()))
     group.add_argument("--model", default="tiny", help="tiny (default), a hub name, a local folder, a .gguf file")
-    group.add_argument("--method", default="dlr", choices=["dlr", "sft", "pause", "tokenassorted", "lora"],
-                       help="sft is the same loop without codes; the others are in baselines.py")
+    group.add_argument("--method", default="dlr", choices=["dlr", "soft", "sft", "pause", "tokenassorted", "lora"],
+                       help="soft: no search, steered by the router's mixture; sft: no codes; others: baselines.py")
     group.add_argument("--freeze", action=argparse.BooleanOptionalAction, default=False,
                        help="dlr: train codebook and router only (default: train the LM along; tiny: freeze)")
     group.add_argument("--codes", type=int, default=32, metavar="C", help="size of the codebook; 1 = a static vector")
     group.add_argument("--chunk", type=int, default=4, metavar="K", help="tokens a chunk")
     group.add_argument("--layer", type=int, help="block whose output is steered, from 0 (default: the middle one)")
     group.add_argument("--scale", type=float, default=0.1, metavar="ALPHA", help="weight of the added code vectors")
+    group.add_argument("--scale-units", default="absolute", choices=["absolute", "hidden"],
+                       help="hidden: ALPHA counts in units of the LM's typical hidden state")
+    group.add_argument("--router-norm", default="none", choices=["none", "rms", "centred"],
+                       help="what the router reads: h, h / rms(h), or the same after the mean of h is taken away")
     group.add_argument("--pauses", type=int, default=10, help="pause: pause tokens after a prompt")
     group.add_argument("--lora-rank", type=int, default=8, help="lora: rank of the adapters")
     group.add_argument("--lora-layers", type=int, nargs="+", metavar="L", help="lora: their blocks (default: all)")
@@ -82,8 +90,10 @@ def parse_args(argv=None):
     group.add_argument("--alpha-reg", type=float, default=0.1, help="weight of the bigram prior")
     group.add_argument("--objective", default="full", choices=["full", "specialist"],
                        help="specialist: without the generalist term, so that only the steered model is taught")
-    group.add_argument("--update-on", default="best", choices=["best", "argmax"],
-                       help="codes that the steered term trains on: the search's winner, or the router's argmax")
+    group.add_argument("--policy", default="imitate", choices=["imitate", "rloo"],
+                       help="what teaches the router: the search's winner, or all rollouts by their scores")
+    group.add_argument("--update-on", default="best", choices=["best", "argmax", "sample"],
+                       help="codes of the steered term: the search's winner, the router's argmax, or its first draw")
     group.add_argument("--search-dtype", default="float32", choices=["float32", "bfloat16"],
                        help="precision of the search; bfloat16 rounds away what early rollouts differ by")
     group = parser.add_argument_group("optimisation")
@@ -105,7 +115,8 @@ def parse_args(argv=None):
     group.add_argument("--eval-batch-size", type=int, default=32, help="prompts answered at once")
     first_look = parser.parse_known_args(argv)[0]
     if first_look.model == "tiny":
-        parser.set_defaults(**EMBEDDED, freeze=first_look.method == "dlr")
+        parser.set_defaults(**EMBEDDED, freeze=first_look.method in ROUTED)
+    parser.set_defaults(**RECIPES[first_look.recipe])
     args = parser.parse_args(argv)
     if args.max_new_tokens is None:
         args.max_new_tokens = args.digits + 13 if args.data == "arithmetic" else 256
@@ -124,9 +135,9 @@ def check_settings(args):
     for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
-    if args.freeze and args.method != "dlr":
-        raise ValueError(f"--freeze is for --method dlr: with {args.method} it would leave nothing to train, or says "
-                         f"nothing new (lora).")
+    if args.freeze and args.method not in ROUTED:
+        raise ValueError(f"--freeze is for --method {' and '.join(ROUTED)}: {args.method} would have nothing to train "
+                         f"(lora freezes by itself).")
     baselines.check_packages(args.method)
     if args.model == "tiny" and (args.data in data.TASKS or args.data.endswith(".jsonl")):
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
@@ -242,34 +253,64 @@ def sft_loss(model, input_ids, mask, response):
 
 
 def step_loss(args, model, batch, look):
-    """One forward of the method: (search, select and) the loss -> (loss to minimise, what to log: {name: tensor}).
-
-    `look`: log also what the text costs under the router's argmax and without codes, which no step needs to know."""
+    """One forward of the method: (search, select and) the loss -> (loss to minimise, what to log: {name: tensor})."""
     input_ids, mask, response = batch
-    if args.method != "dlr":
+    if args.method not in ROUTED:
         loss = sft_loss(model, input_ids, mask, response)
         return loss, {"loss": loss}
     trunk = model.trunk(input_ids, mask)  # shared by the search and both paths of the loss
-    rollouts = args.rollouts if args.codes > 1 else 1  # one code leaves nothing to search
-    found = model.search(input_ids, response, rollouts, args.temperature, trunk=trunk,
-                         dtype=getattr(torch, args.search_dtype))
-    argmax = found.logits.argmax(-1).masked_fill(~trunk.real, -1)  # (B, M) what would be chosen without the answer
-    steer = argmax if args.update_on == "argmax" else found.codes
-    loss = model.loss(input_ids, response, found.codes, trunk=trunk, alpha_policy=args.alpha_policy,
-                      alpha_reg=args.alpha_reg, steer=steer, generalist=args.objective == "full")
-    tokens = response[:, 1:].sum()
-    best, mean = found.log_likelihood.max(1).values, found.log_likelihood.mean(1)  # (B,)
-    used = torch.zeros(args.codes + 1, device=tokens.device).index_fill(0, found.codes.flatten() + 1, 1.0)
-    values = {**loss, "best_nll": mean_nll(best, tokens), "mean_nll": mean_nll(mean, tokens),
-              "spread": (found.log_likelihood.std(1) if rollouts > 1 else best * 0).mean(),
-              "codes_used": used[1:].mean()}
+    settings = dict(trunk=trunk, alpha_policy=args.alpha_policy, alpha_reg=args.alpha_reg,
+                    generalist=args.objective == "full")
+    if args.method == "soft":  # no search: the router learns through the mixture that it makes of the code vectors
+        mixture = model.route(input_ids, trunk=trunk).softmax(-1)  # (B, M, C)
+        found, loss = None, model.loss(input_ids, response, None, steer=mixture, **settings)
+        values = {**loss}
+    else:
+        rollouts = args.rollouts if args.codes > 1 else 1  # one code leaves nothing to search
+        found = model.search(input_ids, response, rollouts, args.temperature, trunk=trunk,
+                             dtype=getattr(torch, args.search_dtype))
+        steer = {"best": found.codes, "sample": found.rollouts[:, 0], "argmax": found.logits.argmax(-1)}[args.update_on]
+        loss = model.loss(input_ids, response, found.codes, steer=steer.masked_fill(~trunk.real, -1),
+                          reinforce=found if args.policy == "rloo" else None, **settings)
+        used = torch.zeros(args.codes + 1, device=input_ids.device).index_fill(0, found.codes.flatten() + 1, 1.0)
+        values = {**loss, **search_nll(found, response), "codes_used": used[1:].mean(),
+                  "spread": found.log_likelihood.std(1, correction=min(1, rollouts - 1)).mean()}
     if look:
-        aside = torch.Generator(input_ids.device)  # looking must not change what the next step draws
-        for name, intervention in (("argmax_nll", None), ("off_nll", "off")):
-            with model.intervene(intervention):
-                score = model.search(input_ids, response, 1, 0, trunk=trunk, generator=aside).log_likelihood  # (B, 1)
-            values[name] = mean_nll(score, tokens)
+        values |= look_closer(args, model, input_ids, response, trunk, found)
     return loss.total, values
+
+
+def search_nll(found, response):
+    """The loss per response token under the best rollout and on average over the rollouts -> {name: tensor}."""
+    tokens = response[:, 1:].sum()
+    return {"best_nll": mean_nll(found.log_likelihood.max(1).values, tokens),
+            "mean_nll": mean_nll(found.log_likelihood.mean(1), tokens)}
+
+
+@torch.no_grad()
+def look_closer(args, model, input_ids, response, trunk, found):
+    """What no step needs to know, but the reader of the log does -> {name: tensor}.
+
+    What the text costs under the router's argmax and without codes: best_nll is what a search finds that sees the
+    answer, argmax_nll what is left of it without. And is the selection more than rounding (same_winner, noise)?"""
+    tokens, values = response[:, 1:].sum(), {}
+    if found is None:  # the draws must not change those of the next step
+        aside = torch.Generator(input_ids.device).manual_seed(args.seed)
+        found = model.search(input_ids, response, args.rollouts, trunk=trunk, generator=aside)
+        values = search_nll(found, response)
+    argmax = found.logits.argmax(-1)[:, None]  # (B, 1, M)
+    again = torch.cat([found.rollouts.flip(1), argmax, torch.full_like(argmax, -1)], 1)
+    *scores, chosen, off = model.search(input_ids, response, again, trunk=trunk).log_likelihood.unbind(1)
+    scores = torch.stack(scores, 1).flip(1)  # (B, N), in float32, and in another order
+    p = found.logits.softmax(-1)
+    entropy = -(torch.xlogy(p, p).sum(-1) * trunk.real).sum() / trunk.real.sum()
+    later = (trunk.chunk >= 0) & (torch.arange(trunk.chunk.shape[1], device=tokens.device) > trunk.first[:, :1])
+    size = trunk.hidden[later].float().norm(dim=-1).median()
+    push = (model.scale * model.unit * model.codebook[argmax[:, 0][trunk.real]]).norm(dim=-1).median() / size
+    noise = (scores - found.log_likelihood).std(1, correction=0).mean()
+    same_winner = (scores.argmax(1) == found.log_likelihood.argmax(1)).float().mean()
+    return values | {"argmax_nll": mean_nll(chosen, tokens), "off_nll": mean_nll(off, tokens), "entropy": entropy,
+                     "push": push, "noise": noise, "same_winner": same_winner}
 
 
 def prepare_out(args):
@@ -337,7 +378,7 @@ def load_state(state, model, optimizer, schedule):
 
 def train(args, model, rows, state, device):
     """The loop. Returns False where Ctrl-C (or SIGTERM) ended it early; the state is saved then."""
-    codes = [model.codebook, model.router.weight] if args.method == "dlr" else []
+    codes = [p for p in (model.codebook, model.router.weight) if p.requires_grad]
     groups = [{"name": "lr", "params": [p for p in model.lm.parameters() if p.requires_grad], "lr": args.lr},
               {"name": "code_lr", "params": codes, "lr": args.code_lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01, fused=True)
@@ -426,11 +467,14 @@ def main(argv=None):
         if not rows:
             raise ValueError(f"no prompt leaves room for an answer within --max-length {args.max_length}; raise it.")
         torch.manual_seed(args.seed)
-        model = DLRModel(lm, args.codes, args.chunk, args.layer, args.scale).to(device)
+        model = DLRModel(lm, args.codes, args.chunk, args.layer, args.scale, args.router_norm).to(device)
+        model.calibrate(*data.collate(rows[:32], device=device)[:2])
+        if args.scale_units == "absolute":
+            model.unit.fill_(1)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {first_line(error)}")
     for parameter in (model.codebook, model.router.weight):
-        parameter.requires_grad_(args.method == "dlr")
+        parameter.requires_grad_(args.method in ROUTED)
     trained = write_config(args, model)
     print(f"{args.method} on {args.data}: {len(rows)} training texts ({cut} cut at {args.max_length} tokens, {dropped} "
           f"too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} parameters trained")
@@ -451,11 +495,11 @@ def finish(args, model, tokenizer, splits, texts, where, device):
     folder = Path(args.out, "model")
     if args.method == "lora":
         baselines.merge_lora(model.lm)
-    model.save_pretrained(folder) if args.method == "dlr" else save_lm(model.lm, folder)
+    model.save_pretrained(folder) if args.method in ROUTED else save_lm(model.lm, folder)
     tokenizer.save_pretrained(folder)
     settings = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, batch_size=args.eval_batch_size)
     model.eval()
-    validation = response_nll(model, tokenizer, texts["validation"], None if args.method == "dlr" else "off",
+    validation = response_nll(model, tokenizer, texts["validation"], None if args.method in ROUTED else "off",
                               args.max_length, args.eval_batch_size)  # None without validation examples
     metrics, predictions = evaluate(model, tokenizer, texts["test"], conditions_of(args.method), **settings)
     if args.freeze:  # the LM is the one it was
@@ -468,8 +512,21 @@ def finish(args, model, tokenizer, splits, texts, where, device):
     write_results(args.out, metrics, predictions, validation={"nll": validation})
     Path(args.out, "state.pt").unlink(missing_ok=True)
     print(f"\n{len(splits['test'])} test examples of {args.data}, greedy:\n{table(metrics)}")
+    if args.method in ROUTED:
+        print(hindsight_gap(args.out))
     print(f"validation NLL: {validation and round(validation, 4)}. Saved in {args.out}: model/, metrics.json, "
           f"predictions.jsonl, log.jsonl.")
+
+
+def hindsight_gap(out):
+    """From the last fifth of the looks in the log: what of the search's gain the router has without the answer."""
+    looks = [line for line in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()) if "argmax_nll" in line]
+    looks = looks[-max(1, len(looks) // 5):]
+    off, mean, best, argmax = (sum(line[f"{name}_nll"] for line in looks) / len(looks)
+                               for name in ("off", "mean", "best", "argmax"))
+    found = f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds"
+    return (f"Training loss at the end (nats per token): off {off:.4f}, rollouts' mean {mean:.4f}, router's argmax "
+            f"{argmax:.4f}, best rollout {best:.4f}: {found if off - best > 1e-4 else 'the search finds nothing yet'}.")
 
 
 if __name__ == "__main__":

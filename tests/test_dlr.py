@@ -548,6 +548,118 @@ def test_sharing_the_trunk_changes_nothing():
         torch.testing.assert_close(one[name], two[name])
 
 
+def test_the_rloo_term_equals_its_equation_and_points_down_the_expected_loss():
+    """Against a loop; and, over all sequences of a tiny space, against the gradient of the expectation itself."""
+    torch.manual_seed(0)
+    logits, real = torch.randn(2, 3, C, requires_grad=True), torch.tensor([[True] * 3, [True, True, False]])
+    rollouts = random_codes(2, 4, 3).masked_fill(~real[:, None], -1)
+    scores, total = torch.randn(2, 4), 0
+    for b in range(2):
+        for i in range(4):
+            others = sum(scores[b, j] for j in range(4) if j != i) / 3
+            log_p = sum(logits[b, m].log_softmax(-1)[rollouts[b, i, m]] for m in range(3) if real[b, m])
+            total = total - (scores[b, i] - others) * log_p / 4 / 7
+    got = dlr.rloo_term(logits, rollouts, scores, real, torch.tensor(7))
+    torch.testing.assert_close(got, total)
+    torch.testing.assert_close(torch.autograd.grad(got, logits)[0], torch.autograd.grad(total, logits)[0])
+    assert dlr.rloo_term(logits, rollouts[:, :1], scores[:, :1], real, torch.tensor(7)) == 0
+
+    z, value = torch.randn(1, 1, C, requires_grad=True), torch.randn(C)  # one chunk: log p(x | a) for each code
+    expected = torch.autograd.grad(-(z.softmax(-1)[0, 0] * value).sum(), z)[0]
+    draws = torch.distributions.Categorical(logits=z[0, 0]).sample((1, 20_000, 1))
+    average = dlr.rloo_term(z, draws, value[draws[..., 0]], torch.ones(1, 1, dtype=torch.bool), torch.tensor(1))
+    torch.testing.assert_close(torch.autograd.grad(average, z)[0], expected, atol=0.02, rtol=0)
+
+
+def test_reinforce_takes_the_place_of_imitation():
+    model = build("llama")
+    torch.nn.init.normal_(model.router.weight, std=0.05)
+    ids, mask = pad(texts(), "left")
+    response = mask.bool()
+    found = model.search(ids, response, rollouts=4, attention_mask=mask)
+    loss = model.loss(ids, response, found.codes, attention_mask=mask, reinforce=found, alpha_policy=3.0, alpha_reg=0.0)
+    real = torch.tensor([[4 * [True]][0], [True, True, False, False], [True, True, True, False]])
+    term = dlr.rloo_term(model.route(ids, mask), found.rollouts, found.log_likelihood, real, mask[:, 1:].sum() - 2)
+    torch.testing.assert_close(loss.policy, term)
+    torch.testing.assert_close(loss.total, loss.generalist + loss.steered + 3 * term)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mixture_steers_with_the_weighted_vectors(family, model, side):
+    """Against a hook on each text alone; one-hot weights are codes; the router learns through the mixture alone."""
+    rows = texts()
+    ids, mask = pad(rows, side)
+    response = mask.bool()
+    torch.manual_seed(3)
+    weights = torch.randn(3, 4, C).softmax(-1)
+    got = model.log_likelihood(ids, response, weights, attention_mask=mask)
+    for b, row in enumerate(rows):
+        def hook(block, args, hidden):
+            chunk = torch.arange(hidden.shape[1]) // K
+            return hidden + model.scale * weights[b, chunk] @ model.codebook
+        handle = blocks_of(family, model.lm)[model.layer].register_forward_hook(hook)
+        log_p = model.lm(row[None]).logits[0].log_softmax(-1)
+        handle.remove()
+        expected = log_p[:-1].gather(1, row[1:, None]).sum()
+        torch.testing.assert_close(got[b], expected, atol=2e-3, rtol=2e-3)
+    codes = random_codes(3, 4)
+    one_hot = F.one_hot(codes, C).float()
+    torch.testing.assert_close(model.log_likelihood(ids, response, one_hot, attention_mask=mask),
+                               model.log_likelihood(ids, response, codes, attention_mask=mask))
+    trunk = model.trunk(ids, mask)
+    loss = model.loss(ids, response, None, trunk=trunk, steer=model.route(ids, trunk=trunk).softmax(-1), alpha_reg=0.0,
+                      generalist=False)
+    assert loss.policy == 0 and torch.equal(loss.total, loss.steered)
+    assert gradients(model, loss.total)["router.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("norm", ["none", "rms", "centred"])
+def test_calibrated_units_and_norms_hold_in_training_generation_and_on_disk(norm, tmp_path):
+    model, rows = build("llama", router_norm=norm), texts()
+    states = {}
+    for side in ("left", "right"):
+        model.calibrate(*pad(rows, side))
+        states[side] = model.unit.clone(), model.center.clone()
+    for one, two in zip(*states.values()):
+        torch.testing.assert_close(one, two)
+    hidden = []
+    handle = model.lm.model.layers[model.layer].register_forward_hook(lambda block, args, h: hidden.append(h[0, 1:]))
+    for row in rows:
+        model.lm(row[None])
+    handle.remove()
+    hidden = torch.cat(hidden)  # without the first tokens
+    assert model.unit.item() == pytest.approx(hidden.norm(dim=1).median().item() / H**0.5, rel=1e-4)
+    torch.testing.assert_close(model.center, hidden.mean(0), atol=1e-4, rtol=1e-4)
+
+    def route(h):
+        h = h - model.center if norm == "centred" else h
+        h = h / h.pow(2).mean().sqrt() if norm != "none" else h
+        return int((model.router.weight @ h).argmax())
+
+    plain = build("llama")  # the naive loop knows no units
+    plain.codebook.data *= model.unit
+    for row in rows:
+        logits, used = naive("llama", plain, row, route=route)
+        torch.testing.assert_close(model(row[None])[0], logits, atol=1e-3, rtol=1e-3)
+    new = model.generate(rows[0][None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model(new).argmax(-1)[0, 10:-1], new[0, 11:])
+    model.save_pretrained(tmp_path)
+    loaded = DLRModel.from_pretrained(tmp_path)
+    assert loaded.router_norm == norm and torch.equal(loaded.unit, model.unit)
+    torch.testing.assert_close(loaded(rows[0][None]), model(rows[0][None]))
+
+
+def test_given_sequences_are_scored_as_they_are(model):
+    ids, mask = pad(texts(), "left")
+    given = random_codes(3, 5, 4, low=-1)
+    found = model.search(ids, mask, given, attention_mask=mask)
+    expected = model.log_likelihood(ids, mask, given, attention_mask=mask)
+    torch.testing.assert_close(found.log_likelihood, expected)
+    best = expected.argmax(1)
+    real = torch.tensor([[True] * 4, [True, True, False, False], [True, True, True, False]])
+    assert torch.equal(found.codes, given[range(3), best].masked_fill(~real, -1))
+
+
 def test_bigrams_stay_within_a_text():
     """Ten texts of one chunk have no pairs; beside a longer text only that text's pairs count."""
     logits, real = torch.randn(3, 4, C), torch.zeros(3, 4, dtype=torch.bool)

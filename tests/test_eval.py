@@ -13,7 +13,7 @@ def write_run(path, seed, answers, base=None, method="sft", **config):
     (path / "model").mkdir()
     config = {"seed": seed, "out": str(path), "data": "sums", "method": method, "lr": 0.1, **config}
     (path / "config.json").write_text(json.dumps(config))
-    row = lambda i, right: {"prompt": f"{i}?", "strict": right, "flexible": right, "cut_off": False, "tokens": 3 + i}
+    row = lambda i, right: {"prompt": f"{i}?", "strict": right, "flexible": right, "cut_off": False, "ids": [7] * i}
     rows = {name: [row(i, bool(right)) for i, right in enumerate(given)]
             for name, given in (("base", base), (method, answers)) if given}
     metrics = {"test": {name: {**evaluation.summarise(given), "nll": 1.5} for name, given in rows.items()}}

@@ -103,14 +103,37 @@ def test_the_ablations_teach_what_they_say(folder, tmp_path, monkeypatch):
     logs = {}
     for objective in ("full", "specialist"):
         for codes in ("best", "argmax"):
-            train.main(["--model", "dry", *SUMS, "--objective", objective, "--update-on", codes, "--out", "run", "--test",
-                        "1", "--overwrite"])
+            train.main(["--model", "dry", *SUMS, "--objective", objective, "--update-on", codes, "--test", "1",
+                        "--out", "run", "--overwrite"])
             for line in log_of("run"):
                 assert line["steered"] == pytest.approx(line[f"{codes}_nll"], rel=1e-5)
                 assert line["generalist"] == pytest.approx(line["off_nll"] * (objective == "full"), rel=1e-5)
                 assert line["best_nll"] <= line["mean_nll"]
             logs[objective, codes] = line
     assert len({line["argmax_nll"] for line in logs.values()}) == 4  # four ways to train
+
+
+@pytest.mark.parametrize("flags", [["--recipe", "ours"], ["--method", "soft"], ["--update-on", "sample"]])
+def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags):
+    """The log tells how far router and search are apart; a reloaded run answers alike, whatever its units and norms."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", str(folder), *SUMS, *flags, "--out", "run"])
+    looks, printed = log_of("run"), capsys.readouterr().out
+    for line in looks:
+        assert line["best_nll"] <= line["mean_nll"] and line["same_winner"] == 1 and line["noise"] < 1e-4
+        assert 0 < line["entropy"] <= np.log(4) + 1e-6
+    assert looks[0]["push"] == 0 < looks[-1]["push"]
+    off, mean, best, argmax = (np.mean([line[f"{name}_nll"] for line in looks[-2:]])
+                               for name in ("off", "mean", "best", "argmax"))
+    if off - best > 1e-4:
+        assert f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds" in printed
+    config = json.loads(Path("run", "config.json").read_text())
+    if "--recipe" in flags:
+        assert (config["policy"], config["update_on"], config["scale_units"]) == ("rloo", "argmax", "hidden")
+        assert abs(DLRModel.from_pretrained("run/model").unit - 1) > 1e-3
+    before = Path("run", "metrics.json").read_text()
+    evaluation.main(["run", "--device", "cpu"])
+    assert json.loads(Path("run", "metrics.json").read_text()) == json.loads(before)
 
 
 @pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "sft"),
@@ -175,7 +198,7 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--codes", "-3"], "--codes is -3"),
     (["--layer", "3"], "blocks 0 to 2"),
     (["--lr", "-1"], "--lr is -1"),
-    (["--freeze", "--method", "sft"], "leave nothing to train"),
+    (["--freeze", "--method", "sft"], "have nothing to train"),
     (["--method", "lora", "--lora-layers", "0", "3"], "blocks 0 to 2"),
     (["--pauses", "0", "--method", "pause"], "--pauses is 0"),
     (["--model", "empty"], "no config.json"),
@@ -341,8 +364,7 @@ def test_batched_answers_equal_single_ones(folder):
         batched = evaluation.answer(model, tokenizer, examples, use, max_new_tokens=9, batch_size=4)
         single = evaluation.answer(model, tokenizer, examples, use, max_new_tokens=9, batch_size=1)
         assert batched[0] == single[0] and torch.equal(batched[1], single[1])
-    shown = [row["tokens"] for row in batched[0]]
-    assert all(n <= 9 for n in shown)
+    assert all(len(row["ids"]) <= 9 for row in batched[0])
 
 
 def test_another_examples_codes_really_steer(folder):
@@ -423,10 +445,10 @@ def test_prompts_and_answers_fit_the_context(folder):
     examples = data.arithmetic(2, digits=3) + data.arithmetic(1, digits=12) + data.arithmetic(1, digits=30)
     short, _ = evaluation.answer(model, tokenizer, examples[:3], max_new_tokens=60, batch_size=1)
     whole = tokenizer(examples[2].prompt).input_ids
-    assert len(whole) == 26 and all(row["tokens"] <= 64 - 26 for row in short)
+    assert len(whole) == 26 and all(len(row["ids"]) <= 64 - 26 for row in short)
     expected = model.generate(torch.tensor([whole]), max_new_tokens=38, do_sample=False,
                               eos_token_id=tokenizer.eos_token_id, pad_token_id=0)[0, 26:].tolist()
     expected = expected[: expected.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in expected else expected
     assert short[2]["text"] == tokenizer.decode(expected, skip_special_tokens=True)  # the prompt was not cut
     long, _ = evaluation.answer(model, tokenizer, examples, max_new_tokens=60, batch_size=4)
-    assert all(row["tokens"] <= 32 for row in long)
+    assert all(len(row["ids"]) <= 32 for row in long)

@@ -1,0 +1,666 @@
+"""What the codes do in a trained model: switch them off, exchange them, count them, read them in colour.
+
+    python analyze.py runs/tiny-arithmetic-dlr-s0                                     # --interventions and --codes
+    python analyze.py runs/tiny-arithmetic-dlr-s0 --swap --show 3 --html codes.html --plots plots
+
+--interventions answers the test set, and scores its reference responses, under seven conditions, paired by example:
+
+    on             every chunk takes the router's argmax
+    off            no chunk is steered: neither in the prompt nor in the answer
+    off-answer     no chunk that begins in the answer is steered, but the prompt still is
+    off-prompt     no chunk that begins in the prompt is steered, but the answer still is
+    random         every chunk takes a code at random
+    other          every chunk takes the code that another example has at that position
+    frequent       every chunk takes the most frequent code of its position: what a fixed prompt of codes would do
+
+--swap: wherever the router picks code k, one of the others steers instead. What does the model lose with this code?
+
+--codes reads the router's choices on the reference texts, g for a code n-gram, t for a topic, m for a position:
+
+    usage          entropy H of the codes, in bits, and 2^H, how many codes used equally have as much
+    purity         max_t p(t | g), a mean over the n-grams seen often, weighted by how often. Two dull reasons lift it
+                   above the topic prior max_t p(t): a code that marks the first chunk is as pure as first chunks are
+                   (position-matched: mean of p(t_g | m) over the occurrences of g, t_g its topic), and a maximum over
+                   few counts is high by chance (null: topics exchanged among texts of like length)
+    information    I(code; label | m), in bits, for the code that steers the prediction of each answer digit, against
+                   untrained routers (a linear map of h to an argmax knows something of any text) and shuffled labels
+
+Sources: code n-grams, swaps and interventions after "Dynamic Latent Routing", arXiv 2605.14323 (2026); p = (1 + null as
+pure) / (1 + all) after Phipson and Smyth (2010); the labels of digits after Quirke et al. (see data.py). All that is
+printed goes to "analysis" in the run's metrics.json.
+"""
+import argparse
+import html
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import bootstrap, entropy
+
+import data
+from eval import (KEEP, OFF, answer, batches, choose_device, encode_to_answer, interval, load_data, load_run,
+                  others_codes, table_intervention)
+
+PASSES_ON, CARRIED = ("US", "SS", "UD", "ME"), ("US", "UC", "UD", "UB")  # labels of data.subtasks
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # colour-blind-safe (Okabe, Ito)
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Answers in the colours of their codes</title><style>
+body {{ max-width: 60em; margin: 2em auto; padding: 0 1em; font: 16px/1.5 sans-serif; color: #111; background: #fff }}
+pre {{ font: 15px/1.7 monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
+h3 {{ font-size: 1em; margin: 1.5em 0 0 }} .answer {{ font-weight: bold }} span {{ padding: 0.1em 0 }}
+</style></head><body>
+<p>Each chunk has the colour of the code that steers it (hover for its number; white: none). Answers are bold.</p>
+{}</body></html>
+"""
+
+
+def conditions(codes, prompt_lengths, chunk_size):
+    """The seven conditions -> {name: intervention as `answer` takes it}.
+
+    codes (N, M): the router's, -1 for none; prompt_lengths: N, in tokens."""
+    begins = torch.arange(codes.shape[1]) * chunk_size
+    in_prompt = begins < torch.tensor(prompt_lengths)[:, None]  # (N, M)
+    frequent = [column[column >= 0].mode().values if (column >= 0).any() else torch.tensor(KEEP) for column in codes.T]
+    return {"on": None, "off": "off", "off-answer": torch.where(in_prompt, KEEP, OFF),
+            "off-prompt": torch.where(in_prompt, OFF, KEEP), "random": "random", "other": others_codes(codes),
+            "frequent": torch.stack(frequent).expand_as(codes)}
+
+
+@torch.no_grad()
+def router_codes(model, rows, batch_size):
+    """The router's argmax in the chunks of `rows` (see `data.encode`) -> codes (n, M) on the CPU, -1 for no chunk.
+
+    Nothing is predicted from a row's last token, so a chunk that begins there is none."""
+    chunks = [-(-(len(ids) - 1) // model.chunk_size) for ids, _ in rows]
+    codes = torch.full((len(rows), max(chunks)), -1)
+    for batch in batches([len(ids) for ids, _ in rows], batch_size):
+        input_ids, mask, _ = data.collate([rows[i] for i in batch], device=model.codebook.device)
+        for i, chosen in zip(batch, model.route(input_ids, mask).argmax(-1).cpu()):
+            codes[i, : chunks[i]] = chosen[: chunks[i]]
+    return codes
+
+
+@torch.no_grad()
+def reference_nll(model, rows, intervention, batch_size):
+    """Summed NLL in nats, and number, of the response tokens of each row -> (nll (n,), tokens (n,)), NumPy arrays.
+
+    `intervention` as in `answer`; a table (n, M) belongs to the reference texts."""
+    nll, tokens = np.zeros(len(rows)), np.zeros(len(rows))
+    for batch in batches([len(ids) for ids, _ in rows], batch_size):
+        input_ids, mask, response = data.collate([rows[i] for i in batch], device=model.codebook.device)
+        use = intervention
+        if torch.is_tensor(use):
+            use = table_intervention(use[batch].to(input_ids.device))
+        with model.intervene(use):
+            nll[batch] = -model.log_likelihood(input_ids, response, attention_mask=mask).cpu().numpy()
+        tokens[batch] = response[:, 1:].sum(1).cpu().numpy()
+    return nll, tokens
+
+
+def ratio_interval(above, below):
+    """sum(above) / sum(below) of paired values (n,) with its 95% bootstrap interval -> (ratio, low, high)."""
+    ratio = lambda a, b, axis=-1: a.sum(axis) / b.sum(axis)
+    if len(above) == 1:
+        return (ratio(above, below),) * 3
+    found = bootstrap((above, below), ratio, paired=True, n_resamples=5000, batch=500, method="percentile", rng=0)
+    return ratio(above, below), *map(float, found.confidence_interval)
+
+
+def by_topic(topics, statistic):
+    """{topic: statistic(indices of its examples)}, the most frequent topic first; examples without one are left out."""
+    names, counts = np.unique([topic for topic in topics if topic is not None], return_counts=True)
+    return {str(name): statistic([i for i, topic in enumerate(topics) if topic == name])
+            for name in names[np.argsort(-counts, kind="stable")]}
+
+
+def interventions(model, tokenizer, examples, on, rows, seed=0, **settings):
+    """Accuracy and NLL under the seven conditions -> {condition: {strict, change, cut_off, nll, nll_change, topics}}.
+
+    on: (predictions, codes) of `answer` without intervention; rows: the reference texts; `settings` go to `answer`.
+    Intervals are (mean, low, high); changes are differences to "on", paired by example."""
+    prompts, room = encode_to_answer(model, tokenizer, examples, settings["max_new_tokens"])
+    prompts = list(map(len, prompts))
+    width = -(-(max(prompts) + room) // model.chunk_size)  # an answer may get longer than it is with "on"
+    codes = F.pad(on[1], (0, max(0, width - on[1].shape[1])), value=KEEP)
+    answered = conditions(codes, prompts, model.chunk_size)
+    scored = conditions(router_codes(model, rows, settings["batch_size"]), [n for _, n in rows], model.chunk_size)
+    topics, result, before = [example.topic for example in examples], {}, None
+    for name, use in answered.items():
+        torch.manual_seed(seed)
+        predictions = on[0] if name == "on" else answer(model, tokenizer, examples, use, label=name, **settings)[0]
+        strict = np.array([prediction["strict"] for prediction in predictions], dtype=float)
+        torch.manual_seed(seed)
+        nll, tokens = reference_nll(model, rows, scored[name], settings["batch_size"])
+        before = before or (strict, nll)
+        result[name] = {
+            "strict": interval(strict), "change": interval(strict - before[0]),
+            "cut_off": float(np.mean([prediction["cut_off"] for prediction in predictions])),
+            "nll": ratio_interval(nll, tokens), "nll_change": ratio_interval(nll - before[1], tokens),
+            "topics": by_topic(topics, lambda chosen: interval(strict[chosen])),
+        }
+    return result
+
+
+def swapped(k, num_codes):
+    """An intervention that leaves all codes but k, and puts one of the others, each as likely, in the place of k."""
+    def intervention(codes):
+        return torch.where(codes == k, (codes + torch.randint_like(codes, 1, num_codes)) % num_codes, codes)
+    return intervention
+
+
+def swap(model, tokenizer, examples, on, seed=0, **settings):
+    """Swap every used code for random others -> {"codes": {code: {share, change, topics}}, "mean": mean change}.
+
+    share: of all steered chunks, prompt and answer; changes in strict accuracy are paired (mean, low, high)."""
+    before = np.array([prediction["strict"] for prediction in on[0]], dtype=float)
+    codes, topics, result = on[1], [example.topic for example in examples], {}
+    for k in codes[codes >= 0].unique().tolist():
+        touched = (codes == k).any(1).nonzero()[:, 0].tolist()  # where k never steers, the answer stays
+        torch.manual_seed(seed)
+        predictions, _ = answer(model, tokenizer, [examples[i] for i in touched], swapped(k, model.num_codes),
+                                label=f"without code {k}", **settings)
+        after = before.copy()
+        after[touched] = [prediction["strict"] for prediction in predictions]
+        result[str(k)] = {"share": (codes == k).sum().item() / (codes >= 0).sum().item(),
+                          "change": interval(after - before),
+                          "topics": by_topic(topics, lambda chosen: interval((after - before)[chosen]))}
+    return {"codes": result, "mean": float(np.mean([row["change"][0] for row in result.values()]))}
+
+
+@torch.no_grad()
+def activity(model, codes, rows, batch_size):
+    """How the codebook is used on the reference texts, and how hard it pushes -> dict.
+
+    codes (n, M). Norms are set against the median |h| where steering is added, without each text's first token, which
+    is often a hundred times as long as the others (an attention sink)."""
+    norms = []
+    for batch in batches([len(ids) for ids, _ in rows], batch_size):
+        input_ids, mask, _ = data.collate([rows[i] for i in batch], device=model.codebook.device)
+        norms.append(model.trunk(input_ids, mask).hidden.float().norm(dim=-1)[:, 1:][mask[:, 1:].bool()].cpu())
+    typical = torch.cat(norms).median().item()
+    taken = codes[codes >= 0].numpy()  # (steered chunks,)
+    uses = np.bincount(taken, minlength=model.num_codes)  # (C,)
+    vectors = model.codebook.detach().double().cpu().numpy()  # (C, H)
+    length = np.linalg.norm(vectors, axis=1)
+    unit = vectors[(uses > 0) & (length > 0)] / length[(uses > 0) & (length > 0), None]
+    cosines = (unit @ unit.T)[~np.eye(len(unit), dtype=bool)]
+    push = model.scale * model.unit.item() * length / typical
+    bits = float(entropy(uses, base=2))
+    return {"uses": uses.tolist(), "used": float((uses > 0).mean()), "entropy": bits, "effective": 2**bits,
+            "cosine": float(cosines.mean()) if len(cosines) else None, "state_norm": typical,
+            "push_median": float(np.median(push[taken])), "push_max": float(push[uses > 0].max())}
+
+
+def pair_counts(a, b):
+    """How often each pair of values occurs in the integer arrays a, b (n,), from 0 on -> (a.max() + 1, b.max() + 1)."""
+    width = b.max() + 1
+    return np.bincount(a * width + b, minlength=(a.max() + 1) * width).reshape(-1, width)
+
+
+def purity(codes, topics, n, min_count=30, permutations=200, seed=0):
+    """Topic purity of the code n-grams that occur `min_count` times -> dict; None where there is no such n-gram.
+
+    codes (N, M) NumPy, -1 behind a text's end; topics: N names. `null` holds mean and 95% quantile of the purity with
+    topics exchanged among texts of like length (the tenth of the texts they belong to), `p` its one-sided test."""
+    if codes.shape[1] < n:
+        return None
+    _, topic = np.unique(topics, return_inverse=True)
+    windows = np.lib.stride_tricks.sliding_window_view(codes, n, axis=1)  # (N, M - n + 1, n)
+    text, position = np.nonzero((windows >= 0).all(-1))  # (W,)
+    key = windows[text, position] @ (int(codes.max()) + 1) ** np.arange(n)
+    _, gram, seen = np.unique(key, return_inverse=True, return_counts=True)
+    often = seen[gram] >= min_count
+    if not often.any():
+        return None
+    share = pair_counts(position, topic[text])
+    share = share / share.sum(1, keepdims=True)  # (M - n + 1, topics): p(t | m)
+    prior = np.bincount(topic[text]).max() / len(text)
+    text, position, (_, gram) = text[often], position[often], np.unique(gram[often], return_inverse=True)
+    counts = pair_counts(gram, topic[text])  # (n-grams, topics)
+    seen_purity = counts.max(1).sum() / len(gram)
+    length = (codes >= 0).sum(1)
+    alike = np.digitize(length, np.quantile(length, np.arange(0.1, 1, 0.1)))  # texts of one length stay together
+    place, rng, null = np.argsort(alike, kind="stable"), np.random.default_rng(seed), []
+    for _ in range(permutations):
+        exchanged = np.empty_like(topic)
+        exchanged[place] = topic[np.lexsort((rng.random(len(topic)), alike))]
+        null.append(pair_counts(gram, exchanged[text]).max(1).sum() / len(gram))
+    return {"ngrams": len(counts), "purity": float(seen_purity), "prior": float(prior),
+            "position_matched": float(share[position, counts.argmax(1)[gram]].mean()),
+            "null": [float(np.mean(null)), float(np.quantile(null, 0.95))],
+            "p": (1 + int(np.sum(np.array(null) >= seen_purity))) / (1 + permutations)}
+
+
+def mutual_information(x, y):
+    """I(x; y | position) and H(y | position) in bits, plug-in estimates: means over the columns where y varies.
+
+    x, y: integer arrays (n, positions), from 0 on."""
+    found = []
+    for a, b in zip(x.T, y.T):
+        counts = pair_counts(a, b)
+        possible = entropy(counts.sum(0), base=2)
+        if possible > 0:
+            found.append((entropy(counts.sum(1), base=2) + possible - entropy(counts.ravel(), base=2), possible))
+    return tuple(np.mean(found, axis=0).tolist()) if found else (0.0, 0.0)
+
+
+def digit_chunks(tokenizer, examples, rows, chunk_size):
+    """The chunk that each answer digit is predicted from: that of the token before it. -> (n, digits) NumPy.
+
+    None where a digit is not a token of its own, or lies behind the end of a row that was cut."""
+    chunks = []
+    for example, (ids, prompt_length) in zip(examples, rows):
+        if not tokenizer.is_fast:
+            return None
+        spans = tokenizer(example.response, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        start = example.response.rindex(example.answer)
+        wanted = [(at, at + 1) for at in range(start, start + len(example.answer))]
+        if not set(wanted) <= set(spans) or prompt_length + spans.index(wanted[-1]) >= len(ids):
+            return None
+        chunks.append([(prompt_length + spans.index(span) - 1) // chunk_size for span in wanted])
+    return np.array(chunks)
+
+
+def digit_information(model, tokenizer, examples, rows, codes, batch_size, seed=0, routers=5, shuffles=20):
+    """What codes tell of the answer digits of sums -> {label: {bits, possible, random_router, null}}; None as above."""
+    chunks = digit_chunks(tokenizer, examples, rows, model.chunk_size)
+    if chunks is None:
+        return None
+    of_digits = lambda codes: np.take_along_axis(codes.numpy(), chunks, axis=1)  # (n, digits)
+    trained, untrained, rng = model.router.weight.data, [], np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for _ in range(routers):
+            model.router.weight.data = (0.01 * torch.randn(trained.shape, generator=generator)).to(trained)
+            untrained.append(of_digits(router_codes(model, rows, batch_size)))
+    finally:
+        model.router.weight.data = trained
+    names = np.array([example.labels for example in examples])  # (n, digits)
+    labels = {"sub-task": names, "sums to 9": np.isin(names, PASSES_ON), "carry in": np.isin(names, CARRIED),
+              "digit": np.array([list(example.answer) for example in examples])}
+    result = {}
+    for name, label in labels.items():
+        label = np.unique(label, return_inverse=True)[1].reshape(chunks.shape)
+        bits, possible = mutual_information(of_digits(codes), label)
+        null = [mutual_information(of_digits(codes), rng.permuted(label, axis=0))[0] for _ in range(shuffles)]
+        result[name] = {"bits": bits, "possible": possible, "null": float(np.mean(null)),
+                        "random_router": float(np.mean([mutual_information(x, label)[0] for x in untrained]))}
+    return result
+
+
+def triple(values, form, factor=1):
+    """(mean, low, high) as text."""
+    return f"{form} [{form}, {form}]".format(*(factor * value for value in values))
+
+
+def interventions_text(found):
+    """The seven conditions as lines of text."""
+    lines = [f"{'':<10} {'strict %  (95%)':<20} {'change to on, points':<22} {'cut off %':>9}   "
+             f"{'NLL, nats a token':<24} change to on"]
+    for name, row in found.items():
+        change, nll_change = triple(row["change"], "{:+5.1f}", 100), triple(row["nll_change"], "{:+.4f}")
+        if name == "on":
+            change = nll_change = ""
+        lines.append(f"{name:<10} {triple(row['strict'], '{:5.1f}', 100)} {change:<22} {100 * row['cut_off']:9.1f}   "
+                     f"{triple(row['nll'], '{:.4f}'):<24} {nll_change}".rstrip())
+    return "\n".join(lines)
+
+
+def swap_text(found):
+    """What each code is worth as lines of text, with the change in each of the six most frequent topics."""
+    topics = list(next(iter(found["codes"].values()))["topics"])[:6]
+    lines = [f"code  chunks %  {'change when swapped, points':<28}" + "".join(f" {topic[:12]:>12}" for topic in topics)]
+    for k, row in sorted(found["codes"].items(), key=lambda item: item[1]["change"][0]):
+        lines.append(f"{k:>4} {100 * row['share']:9.1f}  {triple(row['change'], '{:+5.1f}', 100):<28}"
+                     + "".join(f" {100 * row['topics'][topic][0]:+12.1f}" for topic in topics))
+    return "\n".join([*lines, f"mean over the codes: {100 * found['mean']:+.1f} points"])
+
+
+def codes_text(found, min_count):
+    """Codebook activity, topic purity and what codes tell of digits as lines of text."""
+    cosine = "none" if found["cosine"] is None else f"{found['cosine']:.3f}"
+    lines = [f"{100 * found['used']:.0f}% of {len(found['uses'])} codes used; entropy {found['entropy']:.2f} bits, "
+             f"like {found['effective']:.1f} codes used equally; mean cosine between code vectors {cosine}",
+             f"|alpha e| is {100 * found['push_median']:.1f}% of the median |h|, which is {found['state_norm']:.1f} "
+             f"(median over chunks; the longest code used: {100 * found['push_max']:.1f}%)"]
+    if "purity" in found:
+        lines.append("n  n-grams  purity  topic prior  position-matched  null (95%)       p")
+        for n, row in found["purity"].items():
+            lines.append(f"{n} {0:8} seen {min_count} times" if row is None else
+                         "{n} {ngrams:8} {purity:7.3f} {prior:12.3f} {position_matched:17.3f}  {null[0]:.3f} "
+                         "({null[1]:.3f}) {p:7.3f}".format(n=n, **row))
+    else:
+        lines.append("The data has no topics, so there is no topic purity.")
+    if found.get("digits"):
+        lines.append(f"{'bits about':<11} code  of at most  random router  shuffled labels")
+        lines += ["{name:<10} {bits:5.3f} {possible:11.3f} {random_router:14.3f} {null:16.3f}".format(name=name, **row)
+                  for name, row in found["digits"].items()]
+    elif "digits" in found:
+        lines.append("What codes tell of answer digits is not computed: it needs one token a digit.")
+    return "\n".join(lines)
+
+
+def pieces(tokenizer, ids, prompt_length, codes, chunk_size):
+    """Cut a text where chunks begin and where its prompt ends -> [(text, code, whether it is answer)], -1 for no code.
+
+    The texts add up to the decoded whole: a character whose bytes are split goes to the piece that completes it."""
+    borders = sorted({*range(0, len(ids), chunk_size), prompt_length, len(ids)})
+    shown, cut = "", []
+    for begin, end in zip(borders, borders[1:]):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if end < len(ids):
+            text = text.rstrip("\ufffd")
+        code = codes[begin // chunk_size] if begin // chunk_size < len(codes) else -1
+        cut.append((text[len(shown):], code, begin >= prompt_length))
+        shown = text
+    return cut
+
+
+def shown(model, tokenizer, examples, on, count, max_new_tokens):
+    """The first answers of `on`, to be shown -> [(pieces of prompt and answer, verdict)], one an example."""
+    prompts, _ = encode_to_answer(model, tokenizer, examples, max_new_tokens)
+    return [(pieces(tokenizer, ids + prediction["ids"], len(ids), codes, model.chunk_size),
+             "right" if prediction["strict"] else f"wrong: the answer is {prediction['answer']}")
+            for ids, prediction, codes in zip(prompts[:count], on[0], on[1].tolist())]
+
+
+def palette():
+    """Light colours (red, green, blue), each 0 to 5 as terminals have them, the next always unlike those before."""
+    light = [rgb for rgb in itertools.product(range(6), repeat=3) if rgb[1] >= 2 and 8 <= sum(rgb) <= 13]
+    taken = [(5, 4, 1)]
+    while len(taken) < len(light):
+        taken.append(max(light, key=lambda rgb: min(sum((a - b) ** 2 for a, b in zip(rgb, other)) for other in taken)))
+    return taken
+
+
+COLOURS = palette()
+
+
+def ansi(text, code, is_answer):
+    """A piece for a terminal of 256 colours: the code's background, black on it; answers bold."""
+    red, green, blue = COLOURS[code % len(COLOURS)]
+    style = ["1"] * is_answer + [f"38;5;16;48;5;{16 + 36 * red + 6 * green + blue}"] * (code >= 0)
+    start = f"\x1b[{';'.join(style)}m" if style else ""
+    # a line ends without colour, else the terminal paints the rest of it
+    return start + text.replace("\n", f"\x1b[0m\n{start}") + "\x1b[0m" * bool(style)
+
+
+def span(text, code, is_answer):
+    """A piece for a browser."""
+    rgb = "".join(f"{55 + 40 * level if level else 0:02x}" for level in COLOURS[code % len(COLOURS)])
+    style = f' style="background:#{rgb}" title="code {code}"' if code >= 0 else ""
+    return f"<span{' class=answer' * is_answer}{style}>{html.escape(text)}</span>"
+
+
+def legend(items, paint):
+    """The codes that occur in the items, each in its colour."""
+    codes = sorted({code for cut, _ in items for _, code, _ in cut if code >= 0})
+    return " ".join(paint(f" {code} ", code, False) for code in codes)
+
+
+def as_text(run, items):
+    """The items as coloured lines for a terminal."""
+    blocks = [f"{number}. {verdict}\n{''.join(ansi(*piece) for piece in cut)}\n"
+              for number, (cut, verdict) in enumerate(items, 1)]
+    title = f"{run}: prompt, and answer in bold, in the colours of the codes {legend(items, ansi)}"
+    return f"{title}\n\n" + "\n".join(blocks)
+
+
+def as_html(run, items):
+    """The items as a section of a page, see PAGE."""
+    blocks = [f"<h3>{number}. {html.escape(verdict)}</h3>\n<pre>{''.join(span(*piece) for piece in cut)}</pre>\n"
+              for number, (cut, verdict) in enumerate(items, 1)]
+    return f"<h2>{html.escape(str(run))}</h2>\n<pre>codes {legend(items, span)}</pre>\n{''.join(blocks)}"
+
+
+def draw_curves(figure, run, analysis):
+    """The loss in training: what the search found, what the router makes of it, and the LM without steering."""
+    path = Path(run, "log.jsonl")
+    lines = list(map(json.loads, path.read_text().splitlines())) if path.is_file() else []
+    off = "off_nll" if any("off_nll" in line for line in lines) else "generalist"
+    axes = figure.subplots()
+    for name, label, ink in ((off, "off", RED), ("mean_nll", "mean of the rollouts", GREY),
+                             ("argmax_nll", "router's argmax", BLUE), ("best_nll", "best rollout", GREEN)):
+        points = np.array([(line["step"], line[name]) for line in lines if line.get(name)])  # some on some steps only
+        if len(points):
+            width = max(1, len(points) // 20)
+            smooth = [np.convolve(column, np.ones(width) / width, "valid") for column in points.T]
+            axes.plot(*points.T, color=ink, alpha=0.2, linewidth=1)
+            axes.plot(*smooth, color=ink, linewidth=2, label=label)
+    if not axes.lines:
+        return "log.jsonl has no losses under codes"
+    axes.set(xlabel="optimiser step", ylabel="NLL (nats per response token)", title="Loss on training texts")
+    figure.legend(loc="outside lower center", ncols=4)
+
+
+def draw_usage(figure, run, analysis):
+    """Shares of the codes on the reference texts by rank, against the prior 1 / rank."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    activity = analysis["codes"]
+    uses = 100 * np.sort(activity["uses"])[::-1] / sum(activity["uses"])  # (C,), %
+    rank = np.arange(1, len(uses) + 1)
+    axes = figure.subplots()
+    axes.bar(rank[uses > 0], uses[uses > 0], color=BLUE, label="codes")
+    axes.plot(rank, 100 / rank / (1 / rank).sum(), "o-", color=ORANGE, label="prior: 1 / rank")
+    axes.set(yscale="log", xlabel="rank of the code", ylabel="share of chunks (%)",
+             title=f"{np.sum(uses > 0)} of {len(uses)} codes used, effectively {activity['effective']:.1f}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend()
+
+
+def bars(axes, place, values, height=0.8, **look):
+    """Horizontal bars at `place` with their intervals; values (mean, low, high) as shares, drawn in %."""
+    mean, low, high = 100 * np.array(values).T
+    reach = np.maximum((mean - low, high - mean), 0)
+    axes.barh(place, mean, height, xerr=reach, error_kw=dict(capsize=3, ecolor="#333333"), **look)
+
+
+def draw_interventions(figure, run, analysis):
+    """Accuracy under the seven conditions."""
+    found = analysis["interventions"]
+    axes = figure.subplots()
+    inks = [BLUE if name == "on" else RED if name.startswith("off") else ORANGE for name in found]
+    bars(axes, np.arange(len(found)), [row["strict"] for row in found.values()], color=inks)
+    axes.set_yticks(np.arange(len(found)), found)
+    axes.invert_yaxis()
+    axes.set(xlabel="strict accuracy (%, 95% intervals)",
+             title="Codes off change accuracy by {:+.1f} points [{:+.1f}, {:+.1f}]".format(
+                 *(100 * value for value in found["off"]["change"])))
+
+
+def draw_purity(figure, run, analysis):
+    """Topic purity of code n-grams and what it has to be held against."""
+    found = {int(n): row for n, row in analysis["codes"].get("purity", {}).items() if row}
+    if not found:
+        return "there is no topic purity to draw"
+    n, rows = list(found), list(found.values())
+    axes = figure.subplots()
+    null = np.array([row["null"] for row in rows]).T
+    axes.fill_between(n, *null, color=GREY, alpha=0.4, label="topics exchanged: mean and 95% quantile")
+    axes.plot(n, null[0], ":", color=GREY)
+    for name, label, ink, style in (("purity", "purity", BLUE, "o-"), ("prior", "topic prior", RED, "s--"),
+                                    ("position_matched", "position-matched", ORANGE, "^-.")):
+        axes.plot(n, [row[name] for row in rows], style, color=ink, label=label)
+    axes.set(xlabel="n, codes in a row", ylabel="share in the n-gram's most frequent topic", xticks=n,
+             title=f"Topic purity of code {n[-1]}-grams: {rows[-1]['purity']:.2f}, by chance {null[0, -1]:.2f}")
+    axes.legend()
+
+
+def draw_topics(figure, run, analysis):
+    """Accuracy on, off and under random codes for each of the twelve most frequent topics."""
+    found = analysis["interventions"]
+    topics = list(found["on"]["topics"])[:12]
+    if not topics:
+        return "its data has no topics"
+    figure.set_figheight(max(5, 2 + 0.45 * len(topics)))
+    axes = figure.subplots()
+    for i, (name, ink) in enumerate({"on": BLUE, "off": RED, "random": ORANGE}.items()):
+        bars(axes, np.arange(len(topics)) + 0.27 * (i - 1), [found[name]["topics"][topic] for topic in topics],
+             0.27, color=ink, label=name)
+    axes.set_yticks(np.arange(len(topics)), topics)
+    axes.invert_yaxis()
+    axes.set(xlabel="strict accuracy (%, 95% intervals)", title="Accuracy by topic")
+    figure.legend(loc="outside lower center", ncols=3)
+
+
+def plots(run, analysis, folder):
+    """Draw curves, usage, interventions, purity and topics into `folder` as PNG -> sentences on what was left out."""
+    import matplotlib  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    left_out = []
+    for draw in (draw_curves, draw_usage, draw_interventions, draw_purity, draw_topics):
+        name = draw.__name__.removeprefix("draw_")
+        with matplotlib.rc_context({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}):
+            figure = Figure(figsize=(7.5, 5), layout="constrained")
+            figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches around the axes
+            missing = draw(figure, run, analysis)
+            if missing:
+                left_out.append(f"{run}: {name}.png is not drawn: {missing}.")
+            else:
+                figure.savefig(Path(folder, f"{name}.png"), dpi=150)
+    return left_out
+
+
+def parse_args(argv=None):
+    """The settings of an analysis. -> argparse.Namespace"""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"analyze.py: {message}; see --help.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder(s) written by train.py, with codes")
+    parser.add_argument("--interventions", action="store_true", help="accuracy and NLL with codes on, off, exchanged")
+    parser.add_argument("--swap", action="store_true", help="swap each code for random others: change in accuracy")
+    parser.add_argument("--codes", action="store_true", help="usage, topic purity, what codes tell of answer digits")
+    parser.add_argument("--show", type=int, metavar="N", help="print the first N answers in the colours of their codes")
+    parser.add_argument("--html", metavar="FILE", help="the same as a page (N: 20 without --show)")
+    parser.add_argument("--plots", metavar="DIR", help="draw PNGs (with several runs: in DIR/<name of the run>)")
+    parser.add_argument("--min-count", type=int, default=30, help="how often an n-gram must occur to count")
+    parser.add_argument("--test", type=int, help="test examples, 0 = all (default: as in the run)")
+    parser.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: as in the run)")
+    parser.add_argument("--batch-size", type=int, help="prompts at once (default: as in the run)")
+    parser.add_argument("--data-dir", help="folder with <task>/<split>.jsonl (default: as in the run)")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+    parser.add_argument("--seed", type=int, default=0, help="of random codes, swaps, permutations, untrained routers")
+    args = parser.parse_args(argv)
+    for name in ("show", "min_count", "max_new_tokens", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+    if not (args.interventions or args.swap or args.codes or args.show or args.html or args.plots):
+        args.interventions = args.codes = True
+    if args.plots:
+        args.interventions = args.codes = True
+    return args
+
+
+def load(run, args, device):
+    """-> (model, tokenizer, config, what metrics.json holds so far); flags go before the run's own settings.
+
+    Raises OSError or ValueError where the run is not finished, or has no codes."""
+    if Path(run, "config.json").is_file() and not Path(run, "model", "dlr.safetensors").is_file():
+        raise FileNotFoundError("it has no codes (no model/dlr.safetensors), so there is nothing to analyse.")
+    model, tokenizer, config = load_run(run, device)
+    config["batch_size"] = config["eval_batch_size"]
+    for name in ("test", "max_new_tokens", "data_dir", "batch_size"):
+        config[name] = config[name] if getattr(args, name) is None else getattr(args, name)
+    return model, tokenizer, config, json.loads(Path(run, "metrics.json").read_text())
+
+
+def reference_rows(examples, tokenizer, max_length):
+    """Reference texts -> (the examples whose prompt leaves room for a response, their rows as of `data.encode`)."""
+    lengths = map(len, data.encode_prompts([example.prompt for example in examples], tokenizer))
+    kept = [example for example, length in zip(examples, lengths) if length < max_length]
+    if not kept:
+        raise ValueError(f"no test prompt leaves room for a response within {max_length} tokens.")
+    return kept, data.encode(kept, tokenizer, max_length)[0]
+
+
+def analyse_codes(model, tokenizer, kept, rows, batch_size, min_count, seed):
+    """--codes: activity, topic purity for n = 1 to 4, and what codes tell of answer digits -> dict."""
+    codes = router_codes(model, rows, batch_size)
+    found = activity(model, codes, rows, batch_size)
+    topics = [(i, example.topic) for i, example in enumerate(kept) if example.topic is not None]
+    if topics:
+        texts, names = map(list, zip(*topics))
+        found["purity"] = {n: purity(codes[texts].numpy(), names, n, min_count, seed=seed) for n in range(1, 5)}
+    if all(example.labels for example in kept):
+        found["digits"] = digit_information(model, tokenizer, kept, rows, codes, batch_size, seed)
+    return found
+
+
+def analyse(args, model, tokenizer, examples, on, kept, rows, **settings):
+    """Run and print the analyses of numbers that were asked for -> {name: what was found}, for metrics.json."""
+    found = {}
+    if args.interventions:
+        found["interventions"] = interventions(model, tokenizer, examples, on, rows, args.seed, **settings)
+        print(interventions_text(found["interventions"]), end="\n\n")
+    if args.swap and model.num_codes == 1:
+        print("One code alone cannot be swapped for another.\n")
+    elif args.swap:
+        found["swap"] = swap(model, tokenizer, examples, on, args.seed, **settings)
+        print(swap_text(found["swap"]), end="\n\n")
+    if args.codes:
+        found["codes"] = analyse_codes(model, tokenizer, kept, rows, settings["batch_size"], args.min_count, args.seed)
+        print(codes_text(found["codes"], args.min_count), end="\n\n")
+    return found
+
+
+def write_analysis(run, metrics, found, settings):
+    """Put what was found, and the settings it was found with, into the run's metrics.json, beside what is there."""
+    before = metrics.get("analysis", {})
+    settings = {**before.get("settings", {}), **{name: settings for name in found}}
+    path = Path(run, "metrics.json")
+    part = path.with_suffix(".part")  # a kill cannot leave half of the file
+    part.write_text(json.dumps({**metrics, "analysis": {**before, **found, "settings": settings}}, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        device = choose_device(args.device)
+        for folder in filter(None, (args.plots, args.html and Path(args.html).parent)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"analyze.py: {error}".splitlines()[0])
+    sections, left_out = [], []
+    for run in args.runs:
+        try:
+            model, tokenizer, config, metrics = load(run, args, device)
+            examples = load_data(config)["test"]
+            kept, rows = reference_rows(examples, tokenizer, config["max_length"])
+        except (OSError, ValueError) as error:
+            left_out.append(f"analyze.py: {run} is left out: {error}".splitlines()[0])
+            continue
+        print(f"{run}: {len(examples)} test examples of {config['data']}, {model.num_codes} codes\n")
+        settings = dict(max_new_tokens=config["max_new_tokens"], batch_size=config["batch_size"])
+        count = args.show or (20 if args.html else 0)
+        needed = examples if args.interventions or args.swap else examples[:count]
+        on = answer(model, tokenizer, needed, label="on", **settings) if needed else None
+        found = analyse(args, model, tokenizer, examples, on, kept, rows, **settings)
+        given = {"test": len(examples), "seed": args.seed, "min_count": args.min_count, **settings}
+        write_analysis(run, metrics, found, given)
+        if count:
+            items = shown(model, tokenizer, needed, on, count, config["max_new_tokens"])
+            sections.append(as_html(run, items))
+            if args.show:
+                print(as_text(run, items))
+        if args.plots:
+            folder = Path(args.plots, Path(run).name if len(args.runs) > 1 else "")
+            folder.mkdir(exist_ok=True)
+            print("".join(f"{sentence}\n" for sentence in plots(run, found, folder)), end="")
+    if args.html:
+        Path(args.html).write_text(PAGE.format("\n".join(sections)), encoding="utf-8")
+    if left_out:
+        sys.exit("\n".join(left_out))
+
+
+if __name__ == "__main__":
+    main()
