@@ -41,7 +41,7 @@ from dlr import DLRModel, mean_nll, save_lm
 from eval import ROUTED, choose_device, conditions_of, evaluate, response_nll, table, write_results
 
 # What --model tiny means unless a flag says otherwise. Found on validation sums; a real LM wants the other defaults.
-EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=3e-2, lr=1e-4,
+EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=1e-1, lr=1e-4,
                 batch_size=64, eval_batch_size=500)
 # What --recipe means unless a flag says otherwise: "paper" are the defaults.
 RECIPES = {"paper": {}, "ours": dict(policy="rloo", update_on="argmax", router_norm="rms", scale_units="hidden")}
@@ -205,7 +205,7 @@ def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
     Some seeds see the trick late. So that every base arrives equally able, teaching ends a fixed number of steps, with
     a falling learning rate, after the loss per token first averages less than 0.25 nats."""
     ops = {"+": "sums", "-": "differences", "+-": "both"}[args.ops]
-    folder = Path(args.out).parent / f"tiny-{args.digits}digit-{ops}-nines{args.nines:g}-s{args.seed}"
+    folder = Path(args.out).parent / f"tiny-{args.digits}digit-{ops}-nines{args.nines:g}-seed{args.seed}"
     if (folder / "config.json").is_file():
         return folder
     torch.manual_seed(args.seed)
@@ -524,9 +524,11 @@ def hindsight_gap(out):
     looks = looks[-max(1, len(looks) // 5):]
     off, mean, best, argmax = (sum(line[f"{name}_nll"] for line in looks) / len(looks)
                                for name in ("off", "mean", "best", "argmax"))
-    found = f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds"
+    found = "the search finds nothing yet"
+    if off - best > 1e-4:
+        found = f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds"
     return (f"Training loss at the end (nats per token): off {off:.4f}, rollouts' mean {mean:.4f}, router's argmax "
-            f"{argmax:.4f}, best rollout {best:.4f}: {found if off - best > 1e-4 else 'the search finds nothing yet'}.")
+            f"{argmax:.4f}, best rollout {best:.4f}: {found}.")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     assert strict["base"] == strict["off"] and test["base"]["nll"] == test["off"]["nll"]
     assert strict["steered"] > strict["off"] + 0.03 and strict["steered"] > strict["random"] + 0.1
     assert strict["steered"] > strict["other"] + 0.03
-    taught = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny-3digit-sums-nines0.5-s0").state_dict()
+    taught = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny-3digit-sums-nines0.5-seed0").state_dict()
     frozen = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     assert all(torch.equal(taught[name], frozen[name]) for name in taught)
     monkeypatch.chdir(tmp_path)
