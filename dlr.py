@@ -33,27 +33,31 @@ import inspect
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import ModelOutput
 
 HEAD_ROWS = 256  # tokens whose logits are built at once: (256, V) instead of (B * R, T, V)
+SEARCH_ROWS = 128  # prefixes that beam_search and exact_search extend at once, each with a copy of its keys and values
 
 
 @dataclass
 class SearchResult(ModelOutput):
     """What a search found: `codes` (B, M) of the winner, `log_likelihood` (B, R) of every rollout in nats,
-    `rollouts` (B, R, M) the code sequences tried, `logits` (B, M, C) of the router that drew them."""
+    `rollouts` (B, R, M) the code sequences tried, `logits` (B, M, C) of the router that drew them. `exact_search` adds
+    `expanded` (B,), how many prefixes it extended."""
 
     codes: torch.Tensor | None = None
     log_likelihood: torch.Tensor | None = None
     rollouts: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    expanded: torch.Tensor | None = None
 
 
 @dataclass
@@ -256,6 +260,128 @@ class DLRModel(nn.Module):
                 scores = self.log_likelihood(input_ids, response_mask, drawn, trunk=trunk)  # (B, R)
         winner = scores.argmax(1)[:, None, None].expand(-1, 1, drawn.shape[-1])
         return SearchResult(drawn.gather(1, winner)[:, 0], scores, drawn, logits)
+
+    @torch.no_grad()
+    def beam_search(self, input_ids, response_mask, width=8, attention_mask=None, trunk=None, dtype=torch.float32):
+        """(3) from left to right: what is predicted from chunk m depends on a_0 .. a_m alone, so log p(x | a) is a sum
+        over chunks. Each prefix is extended by all C codes, and the `width` likeliest are kept -> `SearchResult`.
+
+        Where prefixes tie, as in a prompt, the router's probability decides. `rollouts` (B, R, M) is the final beam,
+        best first, R = min(width, C ** M); a text too short for R sequences fills up with repeats, whose
+        `log_likelihood` is -inf. `dtype`, dropout: as in `search`. Raises ValueError for a width below 1, and for an
+        LM with recurrent blocks."""
+        if width < 1:
+            raise ValueError(f"width is {width}, but a beam keeps at least 1 prefix.")
+        with self._left_to_right(input_ids, response_mask, attention_mask, trunk, dtype) as (aligned, real, logits):
+            batch, chunks, every = logits.shape
+            text, cache = torch.arange(batch, device=logits.device), DynamicCache()
+            codes = text.new_empty(batch, 1, 0)  # (B, W, m) the prefixes kept
+            scores = ties = logits.new_zeros(batch, 1)  # (B, W) log p of each, and the router's log p of its codes
+            for m in range(chunks):
+                kept, ended = codes.shape[1], ~real[:, m, None]  # a text that has ended goes on in one way, not in C
+                rewards = self._rewards(aligned, text.repeat_interleave(kept), codes.flatten(0, 1), cache)
+                scores = scores[..., None] + rewards.view(batch, kept, every)  # (B, W, C)
+                scores[..., 1:].masked_fill_(ended[..., None], -torch.inf)
+                scores, ties = scores.flatten(1), (ties[..., None] + logits[:, m, None].log_softmax(-1)).flatten(1)
+                best = ties.argsort(dim=1, descending=True)
+                best = best.gather(1, scores.gather(1, best).argsort(dim=1, descending=True, stable=True))[:, :width]
+                scores, ties, parents = scores.gather(1, best), ties.gather(1, best), best // every  # (B, W')
+                code = (best % every).masked_fill(ended, -1)
+                codes = torch.cat([codes.gather(1, parents[..., None].expand(-1, -1, m)), code[..., None]], -1)
+                cache.reorder_cache((text[:, None] * kept + parents).flatten())
+        return SearchResult(codes[:, 0], scores, codes, logits)
+
+    @torch.no_grad()
+    def exact_search(self, input_ids, response_mask, attention_mask=None, trunk=None, most=100_000,
+                     dtype=torch.float32):
+        """(3) solved: the likeliest of all C ** M sequences of a text, by best-first search -> `SearchResult`, R = 1.
+
+        The likeliest prefix is extended until it is complete, and then it is the optimum, as in General Dijkstra
+        Search: rewards are log-probabilities, never positive, so nothing in the queue can still overtake it. There
+        are no duplicates to prune: what follows depends on every code before, so each prefix is a state of its own.
+        Prefixes that end in the prompt all tie at 0 and are all extended: a long prompt is out of reach.
+        Raises ValueError where a text needs more than `most` extensions, and for an LM with recurrent blocks."""
+        with self._left_to_right(input_ids, response_mask, attention_mask, trunk, dtype) as (aligned, real, logits):
+            log_p, lengths = logits.log_softmax(-1), real.sum(1).tolist()
+            found = [self._best_first(aligned, b, log_p[b, :chunks].tolist(), most) for b, chunks in enumerate(lengths)]
+        costs, codes, expanded = zip(*found)
+        codes = [prefix + [-1] * (real.shape[1] - len(prefix)) for prefix in codes]
+        codes, expanded = (torch.tensor(rows, device=logits.device) for rows in (codes, expanded))
+        return SearchResult(codes, -logits.new_tensor(costs)[:, None], codes[:, None], logits, expanded)
+
+    def _best_first(self, aligned, b, log_p, most):
+        """Text b, the router's log p (M, C) of its codes -> -log p of the optimum, its codes, prefixes expanded."""
+        queue, expanded = [(0.0, 0.0, [])], 0  # -log p of the text, the router's of the codes to break ties, the codes
+        while len(queue[0][2]) < len(log_p):
+            if expanded >= most:
+                raise ValueError(f"exact_search extended {most} prefixes of text {b} and has not found its optimum: "
+                                 f"shorten the text (its prompt first), take fewer codes or a beam, or raise `most`.")
+            cost, tie, prefix = heappop(queue)
+            expanded += 1
+            # Keys and values are not queued: it takes less to run m chunks again than to store C texts per extension.
+            codes = aligned.ids.new_tensor([prefix])  # (1, m)
+            rewards = self._rewards(aligned, codes.new_tensor([b]), codes, DynamicCache())[0].tolist()
+            for code, reward in enumerate(rewards):
+                heappush(queue, (cost - reward, tie - log_p[len(prefix)][code], [*prefix, code]))
+        return queue[0][0], queue[0][2], expanded
+
+    @contextmanager
+    def _left_to_right(self, input_ids, response_mask, attention_mask, trunk, dtype):
+        """Dropout off, precision `dtype`: yields the texts, which of their chunks are real (B, M), and the logits."""
+        if any(hasattr(layer, "update_recurrent_state") for layer in DynamicCache(config=self.lm.config).layers):
+            raise ValueError(f"{type(self.lm).__name__} has recurrent blocks, which beam_search and exact_search "
+                             f"cannot resume in the middle of a text: use search.")
+        with _eval_mode(self.lm):
+            trunk = trunk or self.trunk(input_ids, attention_mask)
+            logits = self._route(trunk)
+            low = None if dtype == torch.float32 else dtype
+            with torch.autocast(input_ids.device.type, dtype=low, enabled=low is not None):
+                yield _Aligned(trunk, response_mask), trunk.real, logits
+
+    def _rewards(self, aligned, text, codes, cache):
+        """log p of what counts and is predicted from chunk m, after the prefixes `codes` (n, m), by code -> (n, C).
+
+        `text` (n,): whose prefixes; `cache`: their keys and values, which are brought up to date if they are needed."""
+        chunk = slice(codes.shape[1] * self.chunk_size, (codes.shape[1] + 1) * self.chunk_size)
+        targets, counted = aligned.targets[:, chunk], aligned.counted[:, chunk]  # (B, q)
+        rewards = torch.zeros(len(text) * self.num_codes, device=codes.device)
+        rows = counted.any(1)[text].repeat_interleave(self.num_codes).nonzero()[:, 0]  # in a prompt there are none
+        if len(rows) and cache.get_seq_length() < chunk.start:
+            self._resume(aligned, text, codes, cache)
+        for part in rows.split(SEARCH_ROWS) if len(rows) else ():
+            parents, code = part // self.num_codes, part % self.num_codes
+            extended = torch.cat([codes[parents], code[:, None]], 1)  # (rows, m + 1)
+            output = self._resume(aligned, text[parents], extended, _forked(cache, parents))
+            rewards[part] = self._score(output, targets[text[parents]], counted[text[parents]])
+        return rewards.view(-1, self.num_codes)
+
+    def _resume(self, aligned, text, codes, cache):
+        """Run the chunks of `codes` (n, m) that `cache` does not hold yet through the blocks above -> their output."""
+        start = cache.get_seq_length()
+        new = slice(start, codes.shape[1] * self.chunk_size)
+        hidden = aligned.hidden[text, new]  # (n, q, H)
+        token_codes = self._intervened(codes).repeat_interleave(self.chunk_size, 1)[:, start : start + hidden.shape[1]]
+        steered = hidden + self._vectors(token_codes, hidden.dtype)
+
+        def inject(*args, **kwargs):
+            # An LM takes positions and mask sizes from block 0's keys, and that block does not run: dummies tell.
+            dummy = steered[:, None, :, :1]  # (n, 1 head, q, 1)
+            cache.update(dummy, dummy, 0)
+            return steered
+
+        below = {str(i): _identity for i in range(self.layer)}
+        with _standing_in(self._blocks, {**below, str(self.layer): inject}):
+            return self._backbone(input_ids=aligned.ids[text, new], past_key_values=cache, use_cache=True)
+
+    def _score(self, output, targets, counted):
+        """log p of the targets (n, q) that count, predicted from the states of `output` -> (n,), in nats."""
+        states = output.last_hidden_state[:, : counted.shape[1]][counted]  # (tokens that count, H)
+        slices = zip(states.split(HEAD_ROWS), targets[counted].split(HEAD_ROWS))
+        log_p = [-F.cross_entropy(self._head(rows, output).float(), y, reduction="none") for rows, y in slices]
+        per_token = torch.zeros(counted.shape, device=states.device)
+        if log_p:
+            per_token = per_token.masked_scatter(counted, torch.cat(log_p))
+        return per_token.sum(-1)
 
     def loss(self, input_ids, response_mask, codes, attention_mask=None, trunk=None, alpha_policy=0.5, alpha_reg=0.1,
              steer=None, generalist=True, reinforce=None):
@@ -522,6 +648,26 @@ def _counted(trunk, response_mask):
     """Which tokens t >= 1 the losses count (B, T - 1): response tokens that a real token precedes."""
     real = trunk.chunk >= 0
     return response_mask[:, 1:].bool() & real[:, 1:] & real[:, :-1]
+
+
+class _Aligned:
+    """The texts of a batch from column 0 on: chunk m has the same columns in each, and no padding comes before it."""
+
+    def __init__(self, trunk, response_mask):
+        longest, last = (trunk.chunk >= 0).sum(1).max(), trunk.chunk.shape[1] - 1
+        columns = (trunk.first[:, :1] + torch.arange(longest, device=trunk.first.device)).clamp(max=last)  # (B, L)
+        self.ids = trunk.input_ids.gather(1, columns)  # (B, L), after a short text anything
+        self.hidden = trunk.hidden.gather(1, columns[..., None].expand(-1, -1, trunk.hidden.shape[-1]))  # (B, L, H)
+        self.targets = trunk.input_ids.gather(1, (columns + 1).clamp(max=last))  # (B, L) the token after each
+        self.counted = F.pad(_counted(trunk, response_mask), (0, 1)).gather(1, columns)  # (B, L) whether that counts
+
+
+def _forked(cache, rows):
+    """A cache with these rows of `cache` (or several times the same), which stays as it is."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    fork.reorder_cache(rows)
+    return fork
 
 
 def _identity(hidden, *args, **kwargs):
