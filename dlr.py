@@ -229,17 +229,11 @@ class DLRModel(nn.Module):
         if codes is None:
             codes = self._argmax(trunk)
         output = self._above(self._backbone, trunk, codes)
-        hidden = output.last_hidden_state  # (B * R, T, H)
-        repeats = len(hidden) // len(input_ids)
+        repeats = len(output.last_hidden_state) // len(input_ids)
         counted = _counted(trunk, response_mask).repeat_interleave(repeats, 0)  # (B * R, T - 1)
-        states = hidden[:, :-1][counted]  # (n, H), n = response tokens of all rollouts
-        targets = input_ids[:, 1:].repeat_interleave(repeats, 0)[counted]  # (n,)
-        slices = zip(states.split(HEAD_ROWS), targets.split(HEAD_ROWS))
-        log_p = [-F.cross_entropy(self._head(rows, output).float(), y, reduction="none") for rows, y in slices]
-        per_token = torch.zeros(counted.shape, device=hidden.device)
-        if log_p:
-            per_token = per_token.masked_scatter(counted, torch.cat(log_p))
-        return per_token.sum(-1).view(len(input_ids) if codes.is_floating_point() else codes.shape[:-1])
+        targets = input_ids[:, 1:].repeat_interleave(repeats, 0)
+        scores = self._score(output, targets, counted)
+        return scores.view(len(input_ids) if codes.is_floating_point() else codes.shape[:-1])
 
     @torch.no_grad()
     def search(self, input_ids, response_mask, rollouts=8, temperature=1.0, attention_mask=None, trunk=None,
