@@ -261,8 +261,8 @@ class DLRModel(nn.Module):
         over chunks. Each prefix is extended by all C codes, and the `width` likeliest are kept -> `SearchResult`.
 
         Where prefixes tie, as in a prompt, the router's probability decides. `rollouts` (B, R, M) is the final beam,
-        best first, R = min(width, C ** M); a text too short for R sequences fills up with repeats, whose
-        `log_likelihood` is -inf. `dtype`, dropout: as in `search`. Raises ValueError for a width below 1, and for an
+        best first, R = min(width, C ** M); a text too short for R sequences fills up with its best.
+        `dtype`, dropout: as in `search`. Raises ValueError for a width below 1, and for an
         LM with recurrent blocks."""
         if width < 1:
             raise ValueError(f"width is {width}, but a beam keeps at least 1 prefix.")
@@ -283,7 +283,9 @@ class DLRModel(nn.Module):
                 code = (best % every).masked_fill(ended, -1)
                 codes = torch.cat([codes.gather(1, parents[..., None].expand(-1, -1, m)), code[..., None]], -1)
                 cache.reorder_cache((text[:, None] * kept + parents).flatten())
-        return SearchResult(codes[:, 0], scores, codes, logits)
+        none = scores == -torch.inf  # (B, R)
+        codes = torch.where(none[..., None], codes[:, :1], codes)
+        return SearchResult(codes[:, 0], torch.where(none, scores[:, :1], scores), codes, logits)
 
     @torch.no_grad()
     def exact_search(self, input_ids, response_mask, attention_mask=None, trunk=None, most=100_000,

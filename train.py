@@ -84,6 +84,8 @@ def parse_args(argv=None):
     group.add_argument("--ops", default="+", choices=["+", "-", "+-"], help="arithmetic: sums, differences, or both")
     group.add_argument("--nines", type=float, default=0.5, help="arithmetic: share of columns made to carry on")
     group = parser.add_argument_group("search and loss")
+    group.add_argument("--search", default="rollouts", choices=["rollouts", "beam", "exact"],
+                       help="beam: left to right, N wide; exact: the best of all C^M sequences, for a few codes only")
     group.add_argument("--rollouts", type=int, default=8, metavar="N", help="code sequences drawn; 1 = no search")
     group.add_argument("--temperature", type=float, default=1.0, metavar="TAU", help="of the draws; 0 = argmax")
     group.add_argument("--alpha-policy", type=float, default=0.5, help="weight of the router's imitation term")
@@ -138,6 +140,8 @@ def check_settings(args):
     if args.freeze and args.method not in ROUTED:
         raise ValueError(f"--freeze is for --method {' and '.join(ROUTED)}: {args.method} would have nothing to train "
                          f"(lora freezes by itself).")
+    if args.search != "rollouts" and (args.policy == "rloo" or args.update_on == "sample"):
+        raise ValueError(f"--policy rloo and --update-on sample want draws, which --search {args.search} does not make.")
     baselines.check_packages(args.method)
     if args.model == "tiny" and (args.data in data.TASKS or args.data.endswith(".jsonl")):
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
@@ -266,18 +270,27 @@ def step_loss(args, model, batch, look):
         found, loss = None, model.loss(input_ids, response, None, steer=mixture, **settings)
         values = {**loss}
     else:
-        rollouts = args.rollouts if args.codes > 1 else 1  # one code leaves nothing to search
-        found = model.search(input_ids, response, rollouts, args.temperature, trunk=trunk,
-                             dtype=getattr(torch, args.search_dtype))
+        found = search(args, model, input_ids, response, trunk)
         steer = {"best": found.codes, "sample": found.rollouts[:, 0], "argmax": found.logits.argmax(-1)}[args.update_on]
         loss = model.loss(input_ids, response, found.codes, steer=steer.masked_fill(~trunk.real, -1),
                           reinforce=found if args.policy == "rloo" else None, **settings)
         used = torch.zeros(args.codes + 1, device=input_ids.device).index_fill(0, found.codes.flatten() + 1, 1.0)
         values = {**loss, **search_nll(found, response), "codes_used": used[1:].mean(),
-                  "spread": found.log_likelihood.std(1, correction=min(1, rollouts - 1)).mean()}
+                  "spread": found.log_likelihood.std(1, correction=int(found.log_likelihood.shape[1] > 1)).mean()}
     if look:
         values |= look_closer(args, model, input_ids, response, trunk, found)
     return loss.total, values
+
+
+def search(args, model, input_ids, response, trunk):
+    """The search that was asked for -> SearchResult."""
+    settings = dict(trunk=trunk, dtype=getattr(torch, args.search_dtype))
+    if args.search == "beam":
+        return model.beam_search(input_ids, response, args.rollouts, **settings)
+    if args.search == "exact":
+        return model.exact_search(input_ids, response, **settings)
+    rollouts = args.rollouts if args.codes > 1 else 1  # one code leaves nothing to search
+    return model.search(input_ids, response, rollouts, args.temperature, **settings)
 
 
 def search_nll(found, response):

@@ -113,7 +113,8 @@ def test_the_ablations_teach_what_they_say(folder, tmp_path, monkeypatch):
     assert len({line["argmax_nll"] for line in logs.values()}) == 4  # four ways to train
 
 
-@pytest.mark.parametrize("flags", [["--recipe", "ours"], ["--method", "soft"], ["--update-on", "sample"]])
+@pytest.mark.parametrize("flags", [["--recipe", "ours"], ["--method", "soft"], ["--update-on", "sample"],
+                                   ["--search", "beam"]])
 def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags):
     """The log tells how far router and search are apart; a reloaded run answers alike, whatever its units and norms."""
     monkeypatch.chdir(tmp_path)
@@ -201,6 +202,7 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--freeze", "--method", "sft"], "have nothing to train"),
     (["--method", "lora", "--lora-layers", "0", "3"], "blocks 0 to 2"),
     (["--pauses", "0", "--method", "pause"], "--pauses is 0"),
+    (["--search", "beam", "--policy", "rloo"], "want draws"),
     (["--model", "empty"], "no config.json"),
     (["--model", "nowhere.gguf"], "nowhere.gguf does not exist"),
     (["--model", "no/such-model"], "pass a model folder"),
