@@ -526,19 +526,19 @@ def finish(args, model, tokenizer, splits, texts, where, device):
     Path(args.out, "state.pt").unlink(missing_ok=True)
     print(f"\n{len(splits['test'])} test examples of {args.data}, greedy:\n{table(metrics)}")
     if args.method in ROUTED:
-        print(hindsight_gap(args.out))
+        print(hindsight_gap(args))
     print(f"validation NLL: {validation and round(validation, 4)}. Saved in {args.out}: model/, metrics.json, "
           f"predictions.jsonl, log.jsonl.")
 
 
-def hindsight_gap(out):
+def hindsight_gap(args):
     """From the last fifth of the looks in the log: what of the search's gain the router has without the answer."""
-    looks = [line for line in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()) if "argmax_nll" in line]
+    looks = [line for line in map(json.loads, Path(args.out, "log.jsonl").read_text().splitlines()) if "argmax_nll" in line]
     looks = looks[-max(1, len(looks) // 5):]
     off, mean, best, argmax = (sum(line[f"{name}_nll"] for line in looks) / len(looks)
                                for name in ("off", "mean", "best", "argmax"))
-    found = "the search finds nothing yet"
-    if off - best > 1e-4:
+    found = "nothing was searched" if args.rollouts == 1 or args.codes == 1 else "the search finds nothing yet"
+    if off - best > 1e-4 and not found.startswith("nothing"):
         found = f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds"
     return (f"Training loss at the end (nats per token): off {off:.4f}, rollouts' mean {mean:.4f}, router's argmax "
             f"{argmax:.4f}, best rollout {best:.4f}: {found}.")
