@@ -44,7 +44,8 @@ from eval import ROUTED, choose_device, conditions_of, evaluate, response_nll, t
 EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=1e-1, lr=1e-4,
                 batch_size=64, eval_batch_size=500)
 # What --recipe means unless a flag says otherwise: "paper" are the defaults.
-RECIPES = {"paper": {}, "ours": dict(policy="rloo", update_on="argmax", router_norm="rms", scale_units="hidden")}
+RECIPES = {"paper": {}, "ours": dict(policy="rloo", alpha_policy=2.0, update_on="argmax", router_norm="rms",
+                                    scale_units="hidden")}
 TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
 # what the progress bar shows of a step
 SHOWN = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
