@@ -25,6 +25,9 @@
     information    I(code; label | m), in bits, for the code that steers the prediction of each answer digit, against
                    untrained routers (a linear map of h to an argmax knows something of any text) and shuffled labels
 
+--search asks how near n rollouts, and a beam n wide, come to the best code sequence of a text, and what the router's
+argmax, who does not see the text's answer, makes of it.
+
 Sources: code n-grams, swaps and interventions after "Dynamic Latent Routing", arXiv 2605.14323 (2026); p = (1 + null as
 pure) / (1 + all) after Phipson and Smyth (2010); the labels of digits after Quirke et al. (see data.py). All that is
 printed goes to "analysis" in the run's metrics.json.
@@ -293,6 +296,49 @@ def digit_information(model, tokenizer, examples, rows, codes, batch_size, seed=
     return result
 
 
+@torch.no_grad()
+def search_gap(model, rows, batch_size, seed=0, most=64):
+    """What searches of several sizes find -> {"n": [...], "rollouts": NLLs, "beam": NLLs, "argmax", "off", "optimum"}.
+
+    NLL in nats per response token of the reference texts, under the best of n rollouts and the best of a beam n wide;
+    "optimum" (None where the codes have more than 4096 sequences) drops no prefix but at the last chunk."""
+    numbers = [2**i for i in range(most.bit_length())]
+    names = ["argmax", "off", "optimum", *(("rollouts", n) for n in numbers), *(("beam", n) for n in numbers)]
+    total, tokens = dict.fromkeys(names, 0.0), 0
+    for batch in batches([len(ids) for ids, _ in rows], batch_size):
+        input_ids, mask, response = data.collate([rows[i] for i in batch], device=model.codebook.device)
+        trunk = model.trunk(input_ids, mask)
+        generator = torch.Generator(input_ids.device).manual_seed(seed)
+        found = model.search(input_ids, response, most, trunk=trunk, generator=generator)
+        argmax = found.logits.argmax(-1)[:, None]  # (B, 1, M)
+        plain = model.search(input_ids, response, torch.cat([argmax, torch.full_like(argmax, -1)], 1), trunk=trunk)
+        for name, score in zip(("argmax", "off"), plain.log_likelihood.T):
+            total[name] -= score.sum().item()
+        for n in numbers:
+            total["rollouts", n] -= found.log_likelihood[:, :n].max(1).values.sum().item()
+            beam = model.beam_search(input_ids, response, n, trunk=trunk)
+            total["beam", n] -= beam.log_likelihood[:, 0].sum().item()
+        wide = model.num_codes ** (trunk.real.shape[1] - 1)
+        if wide * model.num_codes > 4096:
+            total["optimum"] = np.nan
+        else:
+            widest = model.beam_search(input_ids, response, wide, trunk=trunk)
+            total["optimum"] -= widest.log_likelihood[:, 0].sum().item()
+        tokens += response[:, 1:].sum().item()
+    nll = {name: value / tokens for name, value in total.items()}
+    return {"n": numbers, "rollouts": [nll["rollouts", n] for n in numbers], "beam": [nll["beam", n] for n in numbers],
+            "argmax": nll["argmax"], "off": nll["off"], "optimum": None if np.isnan(nll["optimum"]) else nll["optimum"]}
+
+
+def search_text(found):
+    """The table of `search_gap` as lines of text."""
+    optimum = "too many sequences" if found["optimum"] is None else f"{found['optimum']:.4f}"
+    lines = [f"NLL: off {found['off']:.4f}, router's argmax {found['argmax']:.4f}, optimum {optimum}",
+             "n         " + "".join(f"{n:8}" for n in found["n"])]
+    lines += [f"{name:<10}" + "".join(f"{value:8.4f}" for value in found[name]) for name in ("rollouts", "beam")]
+    return "\n".join(lines)
+
+
 def triple(values, form, factor=1):
     """(mean, low, high) as text."""
     return f"{form} [{form}, {form}]".format(*(factor * value for value in values))
@@ -539,6 +585,7 @@ def parse_args(argv=None):
     parser.add_argument("--interventions", action="store_true", help="accuracy and NLL with codes on, off, exchanged")
     parser.add_argument("--swap", action="store_true", help="swap each code for random others: change in accuracy")
     parser.add_argument("--codes", action="store_true", help="usage, topic purity, what codes tell of answer digits")
+    parser.add_argument("--search", action="store_true", help="what n rollouts and a beam of n find, on 128 texts")
     parser.add_argument("--show", type=int, metavar="N", help="print the first N answers in the colours of their codes")
     parser.add_argument("--html", metavar="FILE", help="the same as a page (N: 20 without --show)")
     parser.add_argument("--plots", metavar="DIR", help="draw PNGs (with several runs: in DIR/<name of the run>)")
@@ -553,7 +600,7 @@ def parse_args(argv=None):
     for name in ("show", "min_count", "max_new_tokens", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
-    if not (args.interventions or args.swap or args.codes or args.show or args.html or args.plots):
+    if not (args.interventions or args.swap or args.codes or args.search or args.show or args.html or args.plots):
         args.interventions = args.codes = True
     if args.plots:
         args.interventions = args.codes = True
@@ -606,6 +653,9 @@ def analyse(args, model, tokenizer, examples, on, kept, rows, **settings):
     elif args.swap:
         found["swap"] = swap(model, tokenizer, examples, on, args.seed, **settings)
         print(swap_text(found["swap"]), end="\n\n")
+    if args.search:
+        found["search"] = search_gap(model, rows[:128], settings["batch_size"], args.seed)
+        print(search_text(found["search"]), end="\n\n")
     if args.codes:
         found["codes"] = analyse_codes(model, tokenizer, kept, rows, settings["batch_size"], args.min_count, args.seed)
         print(codes_text(found["codes"], args.min_count), end="\n\n")

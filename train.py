@@ -142,7 +142,7 @@ def check_settings(args):
         raise ValueError(f"--freeze is for --method {' and '.join(ROUTED)}: {args.method} would have nothing to train "
                          f"(lora freezes by itself).")
     if args.search != "rollouts" and (args.policy == "rloo" or args.update_on == "sample"):
-        raise ValueError(f"--policy rloo and --update-on sample want draws, which --search {args.search} does not make.")
+        raise ValueError(f"--policy rloo and --update-on sample want draws; --search {args.search} makes none.")
     baselines.check_packages(args.method)
     if args.model == "tiny" and (args.data in data.TASKS or args.data.endswith(".jsonl")):
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
@@ -534,7 +534,8 @@ def finish(args, model, tokenizer, splits, texts, where, device):
 
 def hindsight_gap(args):
     """From the last fifth of the looks in the log: what of the search's gain the router has without the answer."""
-    looks = [line for line in map(json.loads, Path(args.out, "log.jsonl").read_text().splitlines()) if "argmax_nll" in line]
+    lines = map(json.loads, Path(args.out, "log.jsonl").read_text().splitlines())
+    looks = [line for line in lines if "argmax_nll" in line]
     looks = looks[-max(1, len(looks) // 5):]
     off, mean, best, argmax = (sum(line[f"{name}_nll"] for line in looks) / len(looks)
                                for name in ("off", "mean", "best", "argmax"))

@@ -403,3 +403,24 @@ def test_mistakes_get_one_sentence(flags, word):
         analyze.main(["run", *flags] if flags and flags[0] != "RUN" else flags)
     message = str(stopped.value.code)
     assert message.startswith("analyze.py: ") and word in message and "\n" not in message
+
+
+def test_searches_of_growing_size_come_to_the_optimum(model, tokenizer):
+    """Four texts of a few chunks, against brute force over all their code sequences."""
+    import itertools
+
+    rows = data.encode([Example("1", " #### 2", "2"), Example("12", " #### 3", "3")], tokenizer)[0]
+    found = analyze.search_gap(model, rows, batch_size=1, most=8)
+    best = off = tokens = 0
+    for ids, prompt_length in rows:
+        input_ids, mask, response = data.collate([(ids, prompt_length)])
+        chunks = -(-len(ids) // model.chunk_size)
+        every = torch.tensor(list(itertools.product(range(model.num_codes), repeat=chunks)))[None]
+        best -= model.log_likelihood(input_ids, response, every).max().item()
+        off -= model.log_likelihood(input_ids, response, torch.full((1, chunks), -1)).item()
+        tokens += response.sum().item()
+    assert found["optimum"] == pytest.approx(best / tokens, abs=1e-5) and found["off"] == pytest.approx(off / tokens)
+    for how in ("rollouts", "beam"):
+        assert found["n"] == [1, 2, 4, 8] and found[how] == sorted(found[how], reverse=True)
+        assert found[how][-1] >= found["optimum"] - 1e-6
+    assert "optimum" in analyze.search_text(found)
