@@ -494,8 +494,8 @@ def main(argv=None):
           f"too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} parameters trained")
     try:
         finished = train(args, model, rows, state, device)
-    except FloatingPointError as error:
-        sys.exit(f"train.py: {error}")
+    except (FloatingPointError, ValueError) as error:  # ValueError: --search exact has too much to search
+        sys.exit(f"train.py: {first_line(error)}")
     try:
         if not finished:
             raise KeyboardInterrupt

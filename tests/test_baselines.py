@@ -99,9 +99,6 @@ def test_mixed_texts_lose_nothing_but_what_the_codes_stand_for(loaded):
     assert min(shares) == 0 and max(shares) == 1 and 0.4 < sum(shares) / len(shares) < 0.6
     chunks = sum(len(tokenizer(example.response.split("\n####")[0]).input_ids) // K for example in plain)
     assert f"of {chunks} chunks" in said
-    again, _ = baselines.assort(plain, *[part.from_pretrained(lm.name_or_path) for part in (type(lm), AutoTokenizer)],
-                                K, C, seed=3)
-    assert again == mixed
 
 
 def test_without_reasoning_nothing_is_replaced(loaded):
@@ -119,8 +116,9 @@ def test_the_vq_vae_tells_as_many_chunks_apart_as_it_has_codes():
     embedding = torch.randn(50, 32)
     codes, rebuilt = baselines.train_vq(kinds[which], embedding, num_codes=6)
     assert rebuilt == 1.0 and len({(a, b) for a, b in zip(codes.tolist(), which.tolist())}) == 6
-    codes, rebuilt = baselines.train_vq(kinds[which], embedding, num_codes=2, steps=100)
-    assert rebuilt < 0.8 and set(codes.tolist()) <= {0, 1}
+    few = [baselines.train_vq(kinds[which], embedding, num_codes=2, steps=50, seed=seed) for seed in (1, 1)]
+    assert few[0][1] < 0.8 and set(few[0][0].tolist()) <= {0, 1}
+    assert torch.equal(few[0][0], few[1][0])  # a resumed run makes the same texts
 
 
 def llama(layers=3):

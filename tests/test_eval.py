@@ -28,18 +28,18 @@ def rows_of(printed):
 
 
 def test_intervals_cover_at_their_nominal_rate():
-    """800 samples of 200 answers with a known mean; the tolerance is three standard errors of a share of 800."""
+    """400 samples of 200 answers with a known mean; the tolerance is three standard errors of a share of 400."""
     rng = np.random.default_rng(1)
-    found = np.array([evaluation.interval(rng.random(200) < 0.7) for _ in range(800)])
+    found = np.array([evaluation.interval(rng.random(200) < 0.7) for _ in range(400)])
     covered = np.mean((found[:, 1] <= 0.7) & (0.7 <= found[:, 2]))
-    assert abs(covered - 0.95) < 3 * (0.95 * 0.05 / 800) ** 0.5
+    assert abs(covered - 0.95) < 3 * (0.95 * 0.05 / 400) ** 0.5
 
 
 def test_p_values_are_uniform_where_there_is_no_difference():
     rng = np.random.default_rng(2)
-    p = np.array([evaluation.compare(*(rng.random((2, 200)) < 0.5))[3] for _ in range(800)])
+    p = np.array([evaluation.compare(*(rng.random((2, 200)) < 0.5))[3] for _ in range(300)])
     for level in (0.05, 0.2, 0.5):
-        assert abs(np.mean(p <= level) - level) < 3 * (level * (1 - level) / 800) ** 0.5 + 0.02  # answers are discrete
+        assert abs(np.mean(p <= level) - level) < 3 * (level * (1 - level) / 300) ** 0.5 + 0.02  # answers are discrete
 
 
 def test_a_run_against_itself_differs_by_exactly_nothing(tmp_path, capsys):
