@@ -21,9 +21,9 @@ Where the paper leaves room, this file chooses:
   4. Steering needs h only at the injection layer, which no code has touched yet. So the blocks up to it (the trunk)
      run once for the router, for all N rollouts and for both terms of (4); only the blocks above run once per rollout.
 
-Beyond the paper, and off unless asked for: the router can learn from all rollouts (`rloo_term`), or through a mixture of
-codes instead of a search (weights for codes); searches can run left to right (`beam_search`, `exact_search`); alpha can
-count in units of h, and the router read a normalised h (`calibrate`, `router_norm`).
+Beyond the paper, and off unless asked for: the router can learn from all rollouts (`rloo_term`), or without a search,
+through a mixture of codes (weights for codes); searches can run left to right (`beam_search`, `exact_search`); alpha
+can count in units of h, and the router read a normalised h (`calibrate`, `router_norm`).
 
 Needs torch and transformers >= 5 alone: copy this file where you like.
 

@@ -315,9 +315,10 @@ def questions(predictions):
 
 
 def paired(row, other):
-    """Two rows of `grouped` -> (mean, low, high, p) of the difference in strict accuracy, or None.
+    """Two rows of `grouped` -> (mean, low, high, p, standard error) of the difference in strict accuracy, or None.
 
-    Over several seeds, runs of the same seed are paired, and their examples; the interval is over examples."""
+    Over several seeds, runs of the same seed are paired, and their examples; interval and p are over examples, the
+    standard error is over seeds (NaN for one)."""
     theirs = {result.config["seed"]: result.predictions[condition] for result, condition in other}
     mine = {result.config["seed"]: result.predictions[condition] for result, condition in row}
     if len(mine) == len(theirs) == 1:
@@ -325,17 +326,19 @@ def paired(row, other):
     seeds = [seed for seed in mine if seed in theirs and questions(mine[seed]) == questions(theirs[seed])]
     if not seeds or len({tuple(questions(mine[seed])) for seed in seeds}) > 1:
         return None
-    strict = [np.mean([[one["strict"] for one in answers[seed]] for seed in seeds], 0) for answers in (mine, theirs)]
-    return compare(*strict)
+    ours, others = (np.array([[one["strict"] for one in answers[seed]] for seed in seeds], dtype=float)
+                    for answers in (mine, theirs))  # (seeds, examples)
+    error = (ours - others).mean(1).std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else np.nan
+    return *compare(ours.mean(0), others.mean(0)), error
 
 
 def comparison(rows, against=None):
     """The rows of `grouped` as lines of text; differences are to the row that holds the run `against` (or "base")."""
     lines = [f"{'data':<16} {'run':<20} {'seeds':>5} {'strict %  (95%)':<20} {'± sd':>5} {'flex. %':>7} {'cut %':>5} "
-             f"{'tokens':>6} {'NLL':>6}" + (f"  {'difference  (95%)':<20} p" if against else "")]
+             f"{'tokens':>6} {'NLL':>6}" + (f"  {'difference  (95%)':<21} {'± se':>4} {'p':>5}" if against else "")]
     for (data_name, name), row in rows.items():
         metrics = [result.metrics[condition] for result, condition in row]
-        mean = lambda key: np.mean([one[key][0] if key == "flexible" else one[key] for one in metrics])
+        average = lambda key: np.mean([one[key][0] if key == "flexible" else one[key] for one in metrics])
         per_seed = np.array([one["strict"][0] for one in metrics])
         spread = f"{100 * per_seed.std(ddof=1):5.1f}" if len(row) > 1 else f"{'':5}"
         same = len({tuple(questions(result.predictions[condition])) for result, condition in row}) == 1
@@ -343,13 +346,16 @@ def comparison(rows, against=None):
         center = interval(np.mean(strict, 0)) if same else (per_seed.mean(), np.nan, np.nan)
         center, low, high = 100 * np.array(center)
         line = (f"{data_name:<16} {name:<20} {len(row):5} {center:5.1f} [{low:5.1f}, {high:5.1f}] {spread} "
-                f"{100 * mean('flexible'):7.1f} {100 * mean('cut_off'):5.1f} {mean('tokens'):6.1f} {mean('nll'):6.3f}")
+                f"{100 * average('flexible'):7.1f} {100 * average('cut_off'):5.1f} {average('tokens'):6.1f} "
+                f"{average('nll'):6.3f}")
         if against:
             other = [o for (d, n), o in rows.items() if d == data_name
                      and (n == against or any(Path(r.run) == Path(against) and c != "base" for r, c in o))]
             found = paired(row, other[0]) if other else None
-            line += "  not comparable" if found is None else (
-                "  {:+5.1f} [{:+5.1f}, {:+5.1f}] ".format(*np.multiply(100, found[:3])) + f"{found[3]:.3f}")
+            if found:
+                mean, low, high, p, error = np.multiply(found, (100, 100, 100, 1, 100))
+                error = f"{error:4.1f}" if error == error else f"{'':4}"
+            line += f"  {mean:+5.1f} [{low:+5.1f}, {high:+5.1f}] {error} {p:5.3f}" if found else "  not comparable"
         lines.append(line)
     return "\n".join(lines)
 

@@ -66,6 +66,8 @@ def test_seeds_are_joined_and_paired(tmp_path, capsys):
         sd = rows[name][rows[name].index("0.0") - 2]  # before flexible and cut off
         assert float(sd) == pytest.approx(per_seed.std(ddof=1), abs=0.05)
     difference = np.mean(np.array(one) - np.array(two), 0)  # per example, over seeds: 0, 2/3, 2/3, 1/3
+    error = (np.mean(one, 1) - np.mean(two, 1)).std(ddof=1) / 3**0.5
+    assert f"{100 * error:.1f}" == rows["one"][-2]
     assert "+41.7" in rows["one"] and 100 * difference.mean() == pytest.approx(41.67, abs=0.01)
     mean, low, high, p = evaluation.compare(np.mean(one, 0), np.mean(two, 0))
     assert low >= 0 and high <= 200 / 3 and f"{p:.3f}" == rows["one"][-1]
