@@ -131,6 +131,7 @@ def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags
     config = json.loads(Path("run", "config.json").read_text())
     if "--recipe" in flags:
         assert (config["policy"], config["update_on"], config["scale_units"]) == ("rloo", "argmax", "hidden")
+        assert (config["alpha_policy"], config["router_norm"]) == (2.0, "rms")
         assert abs(DLRModel.from_pretrained("run/model").unit - 1) > 1e-3
     before = Path("run", "metrics.json").read_text()
     evaluation.main(["run", "--device", "cpu"])
@@ -228,6 +229,15 @@ def test_an_infinite_loss_names_step_and_batch(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sentence = call(train.main, "--model", folder, *SUMS, "--lr", "1e30")
     assert "Step " in sentence and "training examples [" in sentence
+
+
+def test_the_log_shows_that_a_coarse_search_selects_by_rounding(folder, tmp_path, monkeypatch):
+    """The second pass is in float32: against scores in bfloat16 it finds noise, and other winners."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", str(folder), *SUMS, "--search-dtype", "bfloat16", "--scale", "0.01", "--test", "1",
+                "--out", "run"])
+    looks = log_of("run")
+    assert max(line["noise"] for line in looks) > 1e-3 and min(line["same_winner"] for line in looks) < 1
 
 
 def test_a_search_that_is_too_large_says_so(folder, tmp_path, monkeypatch):
