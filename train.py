@@ -539,8 +539,11 @@ def hindsight_gap(args):
     looks = looks[-max(1, len(looks) // 5):]
     off, mean, best, argmax = (sum(line[f"{name}_nll"] for line in looks) / len(looks)
                                for name in ("off", "mean", "best", "argmax"))
-    found = "nothing was searched" if args.rollouts == 1 or args.codes == 1 else "the search finds nothing yet"
-    if off - best > 1e-4 and not found.startswith("nothing"):
+    if args.codes == 1 or args.search == "rollouts" and args.rollouts == 1:
+        found = "nothing was searched"
+    elif off - best <= 1e-4:
+        found = "the search finds nothing yet"
+    else:
         found = f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds"
     return (f"Training loss at the end (nats per token): off {off:.4f}, rollouts' mean {mean:.4f}, router's argmax "
             f"{argmax:.4f}, best rollout {best:.4f}: {found}.")
