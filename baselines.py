@@ -1,5 +1,7 @@
-"""What Dynamic Latent Routing is compared with. Each method changes the model or the texts; then it is SFT (train.py).
+"""What Dynamic Latent Routing is compared with, and the tiny LM that it is compared on.
 
+    sft             supervised fine-tuning: the loss of the unsteered LM, no codes. The other methods change the model or
+                    the texts, and then they are SFT as well (train.py):
     pause           n learned <pause> tokens follow every prompt, in training as at inference. They give the model more
                     positions to compute in before it answers; nothing is predicted at them, so no loss counts them.
                     S. Goyal et al., "Think before you speak: Training Language Models With Pause Tokens", ICLR 2024.
@@ -20,14 +22,19 @@ import importlib.util
 import random
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from dlr import find_blocks
+import data
+from dlr import DLRModel, find_blocks, mean_nll
 
+TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
 PAUSE = "<|pause|>"
 CODES_BEGIN, CODES_END = "<|codes|>", "<|/codes|>"
 PACKAGES = {"lora": "peft", "tokenassorted": "vector-quantize-pytorch"}
@@ -38,6 +45,61 @@ def check_packages(method):
     package = PACKAGES.get(method)
     if package and importlib.util.find_spec(package.replace("-", "_")) is None:
         raise ValueError(f"--method {method} needs the package {package}: pip install {package}")
+
+
+def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
+    """Teach a GPT-2 of two blocks uniform (mostly easy) sums, as a stand-in for a pretrained LM. -> its folder
+
+    Some seeds see the trick late. So that every base arrives equally able, teaching ends a fixed number of steps, with
+    a falling learning rate, after the loss per token first averages less than 0.25 nats."""
+    ops = {"+": "sums", "-": "differences", "+-": "both"}[args.ops]
+    wide = "" if args.width == 96 else f"-width{args.width}"
+    folder = Path(args.out).parent / f"tiny-{args.digits}digit-{ops}-nines{args.nines:g}{wide}-seed{args.seed}"
+    if (folder / "config.json").is_file():
+        return folder
+    narrow = 96 / args.width  # what works at 96 works at other widths in these proportions
+    torch.manual_seed(args.seed)
+    tokenizer = data.arithmetic_tokenizer()
+    lm = GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_layer=2, n_embd=args.width, n_head=4, n_positions=32 + 4 * args.digits,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",
+        initializer_range=0.05 * narrow**0.5, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)).to(device)
+    model = DLRModel(lm)
+    all_sums = 10 ** (2 * args.digits)
+    held_out = data.arithmetic(min(TINY_HELD_OUT, all_sums // 4), args.digits, args.ops, args.nines, data.HELD_OUT_SEED)
+    held_out = {example.prompt for example in held_out}  # the validation and test sums of any run come first in these
+    count = min(1000 * batch_size, all_sums // 4)
+    rows, _, _ = data.encode(data.arithmetic(count, args.digits, args.ops, 0.0, args.seed, held_out), tokenizer)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3 * narrow, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    bar = tqdm(range(most_steps), "teaching the tiny LM easy sums (kept for later runs)")
+    average, left = 2.5, last_steps
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = 2e-3 * narrow * min((step + 1) / 20, left / last_steps)
+        batch = [rows[i % len(rows)] for i in range(step * batch_size, (step + 1) * batch_size)]
+        loss = sft_loss(model, *data.collate(batch, device=device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        average = 0.9 * average + 0.1 * loss.item()
+        left -= average < 0.25 or left < last_steps or most_steps - step <= last_steps
+        if left == 0:
+            break
+        bar.set_postfix(loss=f"{average:.3f}", refresh=False)
+    bar.close()
+    half_written = folder.with_name(folder.name + ".part")
+    lm.save_pretrained(half_written)
+    tokenizer.save_pretrained(half_written)
+    half_written.rename(folder)
+    return folder
+
+
+def sft_loss(model, input_ids, mask, response):
+    """Supervised fine-tuning: the unsteered NLL per response token."""
+    trunk = model.trunk(input_ids, mask)
+    unsteered = trunk.first.new_full(trunk.real.shape, -1)
+    tokens = response[:, 1:].sum()
+    return mean_nll(model.log_likelihood(input_ids, response, unsteered, trunk=trunk), tokens)
 
 
 def add_tokens(lm, tokenizer, tokens):

@@ -33,7 +33,7 @@ import torch
 import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baselines
 import data
@@ -46,7 +46,6 @@ EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0
 # What --recipe means unless a flag says otherwise: "paper" are the defaults.
 RECIPES = {"paper": {}, "ours": dict(policy="rloo", alpha_policy=2.0, update_on="argmax", router_norm="rms",
                                     scale_units="hidden")}
-TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
 # what the progress bar shows of a step
 SHOWN = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
 
@@ -84,6 +83,7 @@ def parse_args(argv=None):
     group.add_argument("--digits", type=int, default=3, help="arithmetic: digits of each number")
     group.add_argument("--ops", default="+", choices=["+", "-", "+-"], help="arithmetic: sums, differences, or both")
     group.add_argument("--nines", type=float, default=0.5, help="arithmetic: share of columns made to carry on")
+    group.add_argument("--width", type=int, default=96, help="arithmetic: hidden size of the tiny LM")
     group = parser.add_argument_group("search and loss")
     group.add_argument("--search", default="rollouts", choices=["rollouts", "beam", "exact"],
                        help="beam: left to right, N wide; exact: the best of all C^M sequences, for a few codes only")
@@ -146,8 +146,10 @@ def check_settings(args):
     baselines.check_packages(args.method)
     if args.model == "tiny" and (args.data in data.TASKS or args.data.endswith(".jsonl")):
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
-    if args.model == "tiny" and args.val + args.test > TINY_HELD_OUT:
-        raise ValueError(f"--val and --test are at most {TINY_HELD_OUT} together: the tiny LM knows the other sums.")
+    if args.width < 4 or args.width % 4:
+        raise ValueError(f"--width is {args.width}; it must be a multiple of 4, for the tiny LM has four heads.")
+    if args.model == "tiny" and args.val + args.test > baselines.TINY_HELD_OUT:
+        raise ValueError(f"--val and --test are at most {baselines.TINY_HELD_OUT} together: the tiny LM knows the other sums.")
 
 
 def find_model(args):
@@ -185,7 +187,7 @@ def first_line(error):
 def load_model(args, where, device):
     """-> (lm, tokenizer); the tiny LM is taught first unless it lies in its folder already."""
     if args.model == "tiny":
-        where = dict(pretrained_model_name_or_path=str(teach_tiny(args, device)))
+        where = dict(pretrained_model_name_or_path=str(baselines.teach_tiny(args, device)))
     tokenizer = AutoTokenizer.from_pretrained(**where)
     return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(device), tokenizer
 
@@ -204,64 +206,11 @@ def dress(args, lm, tokenizer, splits):
     return texts
 
 
-def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
-    """Teach a GPT-2 of two blocks uniform (mostly easy) sums, as a stand-in for a pretrained LM. -> its folder
-
-    Some seeds see the trick late. So that every base arrives equally able, teaching ends a fixed number of steps, with
-    a falling learning rate, after the loss per token first averages less than 0.25 nats."""
-    ops = {"+": "sums", "-": "differences", "+-": "both"}[args.ops]
-    folder = Path(args.out).parent / f"tiny-{args.digits}digit-{ops}-nines{args.nines:g}-seed{args.seed}"
-    if (folder / "config.json").is_file():
-        return folder
-    torch.manual_seed(args.seed)
-    tokenizer = data.arithmetic_tokenizer()
-    lm = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_layer=2, n_embd=96, n_head=4, n_positions=32 + 4 * args.digits, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", initializer_range=0.05,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id)).to(device)
-    model = DLRModel(lm)
-    all_sums = 10 ** (2 * args.digits)
-    held_out = data.arithmetic(min(TINY_HELD_OUT, all_sums // 4), args.digits, args.ops, args.nines, data.HELD_OUT_SEED)
-    held_out = {example.prompt for example in held_out}  # the validation and test sums of any run come first in these
-    count = min(1000 * batch_size, all_sums // 4)
-    rows, _, _ = data.encode(data.arithmetic(count, args.digits, args.ops, 0.0, args.seed, held_out), tokenizer)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    bar = tqdm(range(most_steps), "teaching the tiny LM easy sums (kept for later runs)")
-    average, left = 2.5, last_steps
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 20, left / last_steps)
-        batch = [rows[i % len(rows)] for i in range(step * batch_size, (step + 1) * batch_size)]
-        loss = sft_loss(model, *data.collate(batch, device=device))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
-        average = 0.9 * average + 0.1 * loss.item()
-        left -= average < 0.25 or left < last_steps or most_steps - step <= last_steps
-        if left == 0:
-            break
-        bar.set_postfix(loss=f"{average:.3f}", refresh=False)
-    bar.close()
-    half_written = folder.with_name(folder.name + ".part")
-    lm.save_pretrained(half_written)
-    tokenizer.save_pretrained(half_written)
-    half_written.rename(folder)
-    return folder
-
-
-def sft_loss(model, input_ids, mask, response):
-    """Supervised fine-tuning: the unsteered NLL per response token."""
-    trunk = model.trunk(input_ids, mask)
-    unsteered = trunk.first.new_full(trunk.real.shape, -1)
-    tokens = response[:, 1:].sum()
-    return mean_nll(model.log_likelihood(input_ids, response, unsteered, trunk=trunk), tokens)
-
-
 def step_loss(args, model, batch, look):
     """One forward of the method: (search, select and) the loss -> (loss to minimise, what to log: {name: tensor})."""
     input_ids, mask, response = batch
     if args.method not in ROUTED:
-        loss = sft_loss(model, input_ids, mask, response)
+        loss = baselines.sft_loss(model, input_ids, mask, response)
         return loss, {"loss": loss}
     trunk = model.trunk(input_ids, mask)  # shared by the search and both paths of the loss
     settings = dict(trunk=trunk, alpha_policy=args.alpha_policy, alpha_reg=args.alpha_reg,

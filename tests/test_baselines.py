@@ -70,7 +70,7 @@ def test_pause_tokens_are_context_and_never_counted(loaded):
     assert (ids == pause).sum() == 50 and not (response & (ids == pause)).any()
     labels = ids.masked_fill(~response, -100)
     expected = lm(input_ids=ids, attention_mask=mask, labels=labels).loss
-    loss = train.sft_loss(DLRModel(lm), ids, mask, response)
+    loss = baselines.sft_loss(DLRModel(lm), ids, mask, response)
     torch.testing.assert_close(loss, expected)
     loss.backward()  # though not predicted, they are learned
     assert lm.get_input_embeddings().weight.grad[pause].abs().max() > 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import baselines
 import data
 import eval as evaluation
 import train
@@ -347,7 +348,7 @@ def test_the_sft_loss_is_the_lms_own(folder):
     ids, mask, response = data.collate(data.encode(data.arithmetic(6), tokenizer)[0])
     labels = ids.masked_fill(~response, -100)
     expected = model.lm(input_ids=ids, attention_mask=mask, labels=labels).loss
-    torch.testing.assert_close(train.sft_loss(model, ids, mask, response), expected)
+    torch.testing.assert_close(baselines.sft_loss(model, ids, mask, response), expected)
 
 
 def test_accumulated_batches_step_like_one(folder, tmp_path):
