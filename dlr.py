@@ -93,11 +93,12 @@ def mean_nll(log_likelihood, tokens):
     return -log_likelihood.sum() / tokens.clamp(min=1)
 
 
-def policy_term(logits, codes, real):
-    """(4c): cross-entropy of the router's logits (B, M, C) with codes (B, M), a mean over the real chunks (B, M)."""
+def policy_term(logits, codes, real, chunks=None):
+    """(4c): cross-entropy of the router's logits (B, M, C) with codes (B, M), a mean over the real chunks (B, M), or
+    over `chunks`, the number of those in the larger batch that this one is a part of. Codes of -1 are not taught."""
     nll = F.cross_entropy(logits.flatten(0, 1), codes.clamp(min=0).flatten(), reduction="none")  # (B * M,)
     real = (real & (codes >= 0)).flatten()
-    return (nll * real).sum() / real.sum().clamp(min=1)
+    return (nll * real).sum() / (real.sum() if chunks is None else chunks).clamp(min=1)
 
 
 def rloo_term(logits, rollouts, log_likelihood, real, tokens):
@@ -118,15 +119,13 @@ def rloo_term(logits, rollouts, log_likelihood, real, tokens):
     return -(advantage.detach() * log_p).sum() / number / tokens.clamp(min=1)
 
 
-def bigrams(logits, real, fallback):
-    """(4d): b[i, j] = mean of p_m(i) p_m+1(j) over consecutive real chunks of the same text -> (C, C), sums to one.
+def bigrams(logits, real):
+    """(4d): p_m(i) p_m+1(j), summed over the pairs of consecutive real chunks of the same text -> (C, C), their number.
 
-    logits (B, M, C), real (B, M). A batch without any such pair has no bigrams and returns `fallback` (C, C)."""
+    logits (B, M, C), real (B, M). The sum over the number is the distribution of bigrams."""
     p = logits.softmax(-1)
     left, right = p[:, :-1] * real[:, 1:, None], p[:, 1:]  # a real chunk's left neighbour is real
-    pairs = real[:, 1:].sum()
-    b = torch.einsum("bmi,bmj->ij", left, right) / pairs.clamp(min=1)
-    return torch.where(pairs > 0, b, fallback)
+    return torch.einsum("bmi,bmj->ij", left, right), real[:, 1:].sum()
 
 
 def zipf_prior(usage, epsilon=1e-3):
@@ -241,17 +240,18 @@ class DLRModel(nn.Module):
 
     @torch.no_grad()
     def search(self, input_ids, response_mask, rollouts=8, temperature=1.0, attention_mask=None, trunk=None,
-               generator=None, dtype=torch.float32):
+               generator=None, dtype=torch.float32, noise=None):
         """(3): draw `rollouts` code sequences for each text, score them -> `SearchResult`.
 
         `rollouts`: how many, or the sequences themselves (B, R, M), which are then scored as they are. `temperature`:
-        tau, one number or one for each rollout; 0 draws the argmax. `dtype` is the precision of the scores: rollouts
+        tau, one number or one for each rollout; 0 draws the argmax. `noise` (B, R, M, C): Gumbel noise to draw with,
+        in place of fresh one. `dtype` is the precision of the scores: rollouts
         differ by hundredths of a nat at first, less than what bfloat16 rounds away, so float32 holds even inside
         autocast. Dropout is off. Raises ValueError for less than one rollout, or a negative temperature."""
         with _eval_mode(self.lm):
             trunk = trunk or self.trunk(input_ids, attention_mask)
             logits = self._route(trunk)  # (B, M, C)
-            drawn = rollouts if torch.is_tensor(rollouts) else self._draw(logits, rollouts, temperature, generator)
+            drawn = rollouts if torch.is_tensor(rollouts) else self._draw(logits, rollouts, temperature, generator, noise)
             drawn = drawn.masked_fill(~trunk.real[:, None], -1)  # (B, R, M)
             low = None if dtype == torch.float32 else dtype
             with torch.autocast(input_ids.device.type, dtype=low, enabled=low is not None):
@@ -391,26 +391,49 @@ class DLRModel(nn.Module):
         `generalist=False` leaves (4a) out, of the value as of the gradient; `reinforce`, a `SearchResult`, puts
         `rloo_term` in the place of (4c). With `codes=None` (then `steer` is needed) there is no (4c)."""
         trunk = trunk or self.trunk(input_ids, attention_mask)
-        logits = self._route(trunk)
-        chunks, tokens = logits.shape[1], _counted(trunk, response_mask).sum()
-        steer = (codes if steer is None else steer)[:, :chunks]
-        steered = mean_nll(self.log_likelihood(input_ids, response_mask, steer, trunk=trunk), tokens)
-        unsteered = policy = torch.zeros_like(steered)
-        if generalist:  # with a frozen LM it is a number to look at, and needs no graph
-            learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.lm.parameters())
-            with torch.set_grad_enabled(learning):
-                off = trunk.real.new_full(trunk.real.shape, -1, dtype=torch.long)
-                unsteered = mean_nll(self.log_likelihood(input_ids, response_mask, off, trunk=trunk), tokens)
-        if reinforce is not None:
-            policy = rloo_term(logits, reinforce.rollouts, reinforce.log_likelihood, trunk.real, tokens)
-        elif codes is not None:
-            policy = policy_term(logits, codes[:, :chunks], trunk.real)
-        average = 0.8 * self.bigram + 0.2 * bigrams(logits, trunk.real, self.bigram)
-        if self.training:
-            self.bigram = average.detach()
-        prior = prior_term(average, zipf_prior(average.detach().sum(1)))
+        tokens = _counted(trunk, response_mask).sum()
+        unsteered, steered = self.text_terms(input_ids, response_mask, codes if steer is None else steer, trunk,
+                                             tokens, generalist)
+        taught = codes if reinforce is None else reinforce
+        policy, prior = self.router_terms([(self._route(trunk), trunk.real, taught)], tokens)
         total = unsteered + steered + alpha_policy * policy + alpha_reg * prior
         return Loss(total=total, generalist=unsteered, steered=steered, policy=policy, prior=prior)
+
+    def text_terms(self, input_ids, response_mask, codes, trunk, tokens, generalist=True):
+        """(4a) and (4b), steered by codes (B, M) or weights (B, M, C) -> two scalars.
+
+        `tokens`: the response tokens of the batch; of the larger one, where these texts are a part of it."""
+        codes = codes[:, : trunk.real.shape[1]]
+        steered = mean_nll(self.log_likelihood(input_ids, response_mask, codes, trunk=trunk), tokens)
+        if not generalist:
+            return torch.zeros_like(steered), steered
+        # with a frozen LM it is a number to look at, and needs no graph
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.lm.parameters())
+        with torch.set_grad_enabled(learning):
+            off = trunk.real.new_full(trunk.real.shape, -1, dtype=torch.long)
+            return mean_nll(self.log_likelihood(input_ids, response_mask, off, trunk=trunk), tokens), steered
+
+    def router_terms(self, parts, tokens, over_ranks=lambda tensor: tensor):
+        """(4c) and (4d) of a batch that was routed in parts -> two scalars. In training mode (4d)'s average moves on.
+
+        Neither is a sum over texts, so a batch's parts (micro-batches, several GPUs) have to meet here; that is cheap,
+        for h is a constant to the router. `parts`: (logits (B, M, C), real (B, M), what teaches it: codes (B, M), a
+        `SearchResult` for `rloo_term`, or None) each. `over_ranks` sums a tensor over all processes: (4d) is then that
+        of all, with the gradient of this one's part, and (4c) this one's part of the sum."""
+        policy, sums = self.bigram.new_zeros(()), [bigrams(logits, real) for logits, real, _ in parts]
+        chunks = [(real & (taught[:, : real.shape[1]] >= 0)).sum() for _, real, taught in parts if torch.is_tensor(taught)]
+        chunks, pairs = over_ranks(torch.stack([sum(chunks, policy), sum(pairs for _, pairs in sums) + policy]))
+        for logits, real, taught in parts:
+            if isinstance(taught, SearchResult):
+                policy = policy + rloo_term(logits, taught.rollouts, taught.log_likelihood, real, tokens)
+            elif taught is not None:
+                policy = policy + policy_term(logits, taught[:, : logits.shape[1]], real, chunks)
+        own = sum(part for part, _ in sums)
+        of_all = over_ranks(own.detach().clone()) + own - own.detach()
+        average = 0.8 * self.bigram + 0.2 * torch.where(pairs > 0, of_all / pairs.clamp(min=1), self.bigram)
+        if self.training:
+            self.bigram = average.detach()
+        return policy, prior_term(average, zipf_prior(average.detach().sum(1)))
 
     def generate(self, input_ids, attention_mask=None, **kwargs):
         """(5): `lm.generate` (greedy, sampling, beams; same arguments, same result) with steering and KV cache.
@@ -512,15 +535,16 @@ class DLRModel(nn.Module):
             hidden = F.rms_norm(hidden, hidden.shape[-1:])
         return self.router(hidden).float()
 
-    def _draw(self, logits, rollouts, temperature, generator):
+    def _draw(self, logits, rollouts, temperature, generator, noise):
         """`rollouts` code sequences from router logits (B, M, C) -> (B, R, M)."""
         tau = torch.as_tensor(temperature, dtype=torch.float32)
         if rollouts < 1 or tau.min() < 0 or tau.numel() not in (1, rollouts):
             raise ValueError(f"rollouts is {rollouts}, which must be at least 1, and temperature {temperature}, which "
                              f"must be one number >= 0, or one for each rollout.")
         # argmax of z + tau * Gumbel noise is a draw from softmax(z / tau), and the argmax itself at tau = 0
-        noise = torch.empty(len(logits), rollouts, *logits.shape[1:], device=logits.device)  # (B, R, M, C)
-        noise = -noise.exponential_(generator=generator).log()
+        if noise is None:
+            noise = torch.empty(len(logits), rollouts, *logits.shape[1:], device=logits.device)  # (B, R, M, C)
+            noise = -noise.exponential_(generator=generator).log()
         return (logits[:, None] + tau.view(-1, 1, 1).to(noise) * noise).argmax(-1)
 
     def _argmax(self, trunk):

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from scipy.stats import bootstrap
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,6 +44,12 @@ KEEP, OFF = -1, -2  # in a table of codes: leave the router's choice; steer noth
 def conditions_of(method):
     """The conditions under which a run of this method is evaluated, the one that stands for the run first."""
     return ("steered", "off", "random", "other") if method in ROUTED else (method,)
+
+
+def processes():
+    """-> (which process this is, of how many): (0, 1) unless torchrun has started several."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
 def choose_device(name="auto"):

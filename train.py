@@ -26,19 +26,24 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baselines
 import data
-from dlr import DLRModel, mean_nll, save_lm
-from eval import ROUTED, choose_device, conditions_of, evaluate, response_nll, table, write_results
+from dlr import DLRModel, find_blocks, mean_nll, save_lm
+from eval import ROUTED, choose_device, conditions_of, evaluate, processes, response_nll, table, write_results
 
 # What --model tiny means unless a flag says otherwise. Found on validation sums; a real LM wants the other defaults.
 EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=1e-1, lr=1e-4,
@@ -46,6 +51,8 @@ EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0
 # What --recipe means unless a flag says otherwise: "paper" are the defaults.
 RECIPES = {"paper": {}, "ours": dict(policy="rloo", alpha_policy=2.0, update_on="argmax", router_norm="rms",
                                     scale_units="hidden")}
+# States are kept whole, whoever holds which part of them, and without what is not trained.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 # what the progress bar shows of a step
 SHOWN = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
 
@@ -102,9 +109,13 @@ def parse_args(argv=None):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=1e-5, help="peak learning rate of the LM")
     group.add_argument("--code-lr", type=float, default=1e-3, help="peak learning rate of codebook and router")
-    group.add_argument("--batch-size", type=int, default=8, help="texts a forward pass")
+    group.add_argument("--batch-size", type=int, default=8, help="texts a forward pass (of each process)")
     group.add_argument("--accumulate", type=int, default=1, help="batches an optimiser step")
     group.add_argument("--epochs", type=int, default=1)
+    group.add_argument("--gradient-checkpointing", action="store_true",
+                       help="keep less of the forward pass for the backward pass, and compute it again: less memory")
+    group.add_argument("--shard", action="store_true",
+                       help="under torchrun: spread weights, gradients and optimiser state over the processes")
     group.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
                        help="bfloat16: autocast in the update (weights and search stay float32)")
     group = parser.add_argument_group("run and evaluation")
@@ -143,6 +154,8 @@ def check_settings(args):
                          f"(lora freezes by itself).")
     if args.search != "rollouts" and (args.policy == "rloo" or args.update_on == "sample"):
         raise ValueError(f"--policy rloo and --update-on sample want draws; --search {args.search} makes none.")
+    if args.shard and args.method not in (*ROUTED, "sft"):
+        raise ValueError(f"--shard is for --method {', '.join(ROUTED)} and sft, not for {args.method}.")
     baselines.check_packages(args.method)
     if args.model == "tiny" and (args.data in data.TASKS or args.data.endswith(".jsonl")):
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
@@ -206,33 +219,51 @@ def dress(args, lm, tokenizer, splits):
     return texts
 
 
-def step_loss(args, model, batch, look):
-    """One forward of the method: (search, select and) the loss -> (loss to minimise, what to log: {name: tensor})."""
-    input_ids, mask, response = batch
-    if args.method not in ROUTED:
-        loss = baselines.sft_loss(model, input_ids, mask, response)
-        return loss, {"loss": loss}
-    trunk = model.trunk(input_ids, mask)  # shared by the search and both paths of the loss
-    settings = dict(trunk=trunk, alpha_policy=args.alpha_policy, alpha_reg=args.alpha_reg,
-                    generalist=args.objective == "full")
-    if args.method == "soft":  # no search: the router learns through the mixture that it makes of the code vectors
-        mixture = model.route(input_ids, trunk=trunk).softmax(-1)  # (B, M, C)
-        found, loss = None, model.loss(input_ids, response, None, steer=mixture, **settings)
-        values = {**loss}
-    else:
-        found = search(args, model, input_ids, response, trunk)
-        steer = {"best": found.codes, "sample": found.rollouts[:, 0], "argmax": found.logits.argmax(-1)}[args.update_on]
-        loss = model.loss(input_ids, response, found.codes, steer=steer.masked_fill(~trunk.real, -1),
-                          reinforce=found if args.policy == "rloo" else None, **settings)
-        used = torch.zeros(args.codes + 1, device=input_ids.device).index_fill(0, found.codes.flatten() + 1, 1.0)
-        values = {**loss, **search_nll(found, response), "codes_used": used[1:].mean(),
-                  "spread": found.log_likelihood.std(1, correction=int(found.log_likelihood.shape[1] > 1)).mean()}
-    if look:
-        values |= look_closer(args, model, input_ids, response, trunk, found)
-    return loss.total, values
+class Step(nn.Module):
+    """The forward of a training step, as a module: what spreads it over GPUs hooks into a module's forward."""
+
+    def __init__(self, args, model):
+        super().__init__()
+        self.args, self.model = args, model
+
+    def forward(self, batch, tokens, parts, last, look, noise):
+        """One micro-batch: (search, select and) its part of the loss -> (the part, parts of what to log {name: tensor}).
+
+        `tokens`: the response tokens of the whole step; `noise`: what the search draws with, or None. What the router's
+        terms need is collected in `parts`, and with the `last` micro-batch they are added, for all."""
+        args, model = self.args, self.model
+        input_ids, mask, response = batch
+        share = response[:, 1:].sum() / tokens
+        if args.method not in ROUTED:
+            loss = share * baselines.sft_loss(model, input_ids, mask, response)
+            return loss, {"loss": loss}
+        trunk = model.trunk(input_ids, mask)  # shared by the search and both paths of the loss
+        trunk.real.logical_and_(response.any(1, keepdim=True))  # see `own_part`
+        found, values = None, {}
+        if args.method == "soft":  # no search: the router learns through the mixture that it makes of the code vectors
+            steer, taught = model.route(input_ids, trunk=trunk).softmax(-1), None  # (B, M, C)
+        else:
+            found = search(args, model, input_ids, response, trunk, noise)
+            steer = {"best": found.codes, "sample": found.rollouts[:, 0], "argmax": found.logits.argmax(-1)}
+            steer = steer[args.update_on].masked_fill(~trunk.real, -1)
+            taught = found if args.policy == "rloo" else found.codes
+            used = torch.zeros(args.codes + 1, device=input_ids.device).index_fill(0, found.codes.flatten() + 1, 1.0)
+            values = {**search_nll(found, response), "codes_used": used[1:].mean(),
+                      "spread": found.log_likelihood.std(1, correction=int(found.log_likelihood.shape[1] > 1)).mean()}
+        if look:
+            values |= look_closer(args, model, input_ids, response, trunk, found)
+        values = {name: torch.where(share > 0, share * value, 0.0) for name, value in values.items()}
+        generalist, steered = model.text_terms(input_ids, response, steer, trunk, tokens, args.objective == "full")
+        values |= {"generalist": generalist, "steered": steered}
+        parts.append((model.route(input_ids, trunk=trunk), trunk.real, taught))
+        if not last:
+            return generalist + steered, values
+        policy, prior = model.router_terms(parts, tokens, over_processes)
+        values |= {"policy": policy, "prior": prior / processes()[1]}
+        return generalist + steered + args.alpha_policy * policy + args.alpha_reg * prior, values
 
 
-def search(args, model, input_ids, response, trunk):
+def search(args, model, input_ids, response, trunk, noise=None):
     """The search that was asked for -> SearchResult."""
     settings = dict(trunk=trunk, dtype=getattr(torch, args.search_dtype))
     if args.search == "beam":
@@ -240,7 +271,7 @@ def search(args, model, input_ids, response, trunk):
     if args.search == "exact":
         return model.exact_search(input_ids, response, **settings)
     rollouts = args.rollouts if args.codes > 1 else 1  # one code leaves nothing to search
-    return model.search(input_ids, response, rollouts, args.temperature, **settings)
+    return model.search(input_ids, response, rollouts, args.temperature, noise=noise, **settings)
 
 
 def search_nll(found, response):
@@ -277,9 +308,9 @@ def look_closer(args, model, input_ids, response, trunk, found):
 
 
 def prepare_out(args):
-    """Make the folder of the run -> the state to resume from, or None. Raises ValueError where a run would be lost."""
+    """Make the folder of the run. Raises ValueError where a run would be lost."""
     out = Path(args.out)
-    state, config = out / "state.pt", out / "config.json"
+    config = out / "config.json"
     if args.overwrite:
         for name in ("state.pt", "config.json", "log.jsonl", "metrics.json", "predictions.jsonl"):
             (out / name).unlink(missing_ok=True)
@@ -295,11 +326,9 @@ def prepare_out(args):
         if changed:
             differs = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in sorted(changed))
             raise ValueError(f"--resume needs the settings that {out} began with: {differs}.")
-        return torch.load(state, map_location="cpu", weights_only=True) if state.is_file() else None
     elif config.is_file():
         raise ValueError(f"{out} holds an unfinished run: pass --resume to go on, or --overwrite to start anew.")
     out.mkdir(parents=True, exist_ok=True)
-    return None
 
 
 def write_config(args, model):
@@ -316,61 +345,119 @@ def write_config(args, model):
     return trained
 
 
-def save_state(args, step, model, optimizer, schedule):
-    """Everything a resumed run needs to go on to the same numbers, written so that a kill cannot leave half of it."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"step": step, "trained": trained, "bigram": model.bigram, "optimizer": optimizer.state_dict(),
-             "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}
-    device = model.codebook.device
+def over_processes(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def join_processes(device):
+    """Where torchrun has started this process: meet the others. -> this one's device"""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+@contextmanager
+def first_process_first():
+    """Inside, the first process runs alone, then the others: what it downloads or makes, they find."""
+    rank, world = processes()
+    if world > 1 and rank > 0:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+def over_gpus(args, step, device):
+    """The step for several processes: each has a copy of the model or, with --shard, a part of it."""
+    if processes()[1] == 1:
+        return step
+    if args.shard:
+        for block in step.model.lm.get_submodule(find_blocks(step.model.lm)):
+            fully_shard(block)
+        return fully_shard(step)
+    return DistributedDataParallel(step, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+
+
+def inner(spread):
+    """The DLRModel of what `over_gpus` returned."""
+    return getattr(spread, "module", spread).model
+
+
+def save_state(args, step, spread, optimizer, schedule):
+    """Everything a resumed run needs to go on to the same numbers, written so that a kill cannot leave half of it.
+
+    All processes take part (each may hold a shard), the first one writes."""
+    model, optimizer = get_state_dict(spread, optimizer, options=WHOLE)
+    state = {"step": step, "model": model, "optimizer": optimizer, "schedule": schedule.state_dict(),
+             "bigram": inner(spread).bigram, "rng": torch.get_rng_state()}
+    device = state["bigram"].device
     if device.type != "cpu":
         state["device_rng"] = torch.get_device_module(device).get_rng_state()
-    torch.save(state, Path(args.out, "state.part"))
-    os.replace(Path(args.out, "state.part"), Path(args.out, "state.pt"))
+    if processes()[0] == 0:
+        torch.save(state, Path(args.out, "state.part"))
+        os.replace(Path(args.out, "state.part"), Path(args.out, "state.pt"))
 
 
-def load_state(state, model, optimizer, schedule):
+def load_state(state, spread, optimizer, schedule):
     """Undo `save_state` -> the step to go on with."""
-    model.load_state_dict({**state["trained"], "bigram": state["bigram"]}, strict=False)
-    optimizer.load_state_dict(state["optimizer"])
+    set_state_dict(spread, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                   options=WHOLE)
     schedule.load_state_dict(state["schedule"])
+    inner(spread).bigram.copy_(state["bigram"])
     torch.set_rng_state(state["rng"])
     if "device_rng" in state:
-        torch.get_device_module(model.codebook.device).set_rng_state(state["device_rng"])
+        torch.get_device_module(inner(spread).bigram.device).set_rng_state(state["device_rng"])
     return state["step"]
 
 
 def train(args, model, rows, state, device):
     """The loop. Returns False where Ctrl-C (or SIGTERM) ended it early; the state is saved then."""
+    rank, world = processes()
+    spread = over_gpus(args, Step(args, model), device)
     codes = [p for p in (model.codebook, model.router.weight) if p.requires_grad]
     groups = [{"name": "lr", "params": [p for p in model.lm.parameters() if p.requires_grad], "lr": args.lr},
               {"name": "code_lr", "params": codes, "lr": args.code_lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01, fused=True)
-    per_step = args.batch_size * args.accumulate
+    per_step = args.batch_size * args.accumulate * world
     per_epoch = math.ceil(len(rows) / per_step)
     steps = args.epochs * per_epoch
     warmup = max(1, steps // 20)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1))
-    first = load_state(state, model, optimizer, schedule) if state else 0
-    log_path = Path(args.out, "log.jsonl")
+    first = load_state(state, spread, optimizer, schedule) if state else 0
+    log_path = Path(args.out, "log.jsonl") if rank == 0 else Path(os.devnull)
     lines = log_path.read_text().splitlines()[:first] if log_path.is_file() else []  # steps after the state are redone
     log_path.write_text("".join(line + "\n" for line in lines))
-    interrupted = []
+    interrupted, warned = [], False
     handlers = {sig: signal.signal(sig, lambda *_: interrupted.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
     model.train()
     try:
-        with open(log_path, "a", buffering=1) as log, tqdm(total=steps, initial=first, desc=args.method) as bar:
+        with open(log_path, "a", buffering=1) as log, tqdm(total=steps, initial=first, desc=args.method,
+                                                           disable=rank > 0) as bar:
             for step in range(first, steps):
                 epoch, place = divmod(step, per_epoch)
                 order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
                 chosen = order[place * per_step : (place + 1) * per_step]
                 look = step % max(1, steps // 100) == 0 or step + 1 == steps
-                line = train_step(args, model, optimizer, schedule, rows, chosen, step, look, device)
+                line = train_step(args, spread, optimizer, schedule, rows, chosen, step, look, interrupted, device)
+                stop = line.pop("interrupted")
                 log.write(json.dumps({"step": step, "epoch": epoch, **line}) + "\n")
                 bar.set_postfix({name: f"{line[name]:.3g}" for name in SHOWN if name in line})
                 bar.update()
-                if interrupted or step + 1 == steps or (step + 1) % args.save_every == 0:
-                    save_state(args, step + 1, model, optimizer, schedule)
-                if interrupted:
+                if step >= warmup and not warned and selects_by_rounding(args, line):
+                    warned = True
+                    bar.write(f"Warning, step {step}: the rollouts' log-likelihoods lie {line['spread']:.2g} nats apart "
+                              f"and scoring them again moves them by {line['noise']:.2g}, so winners are drawn by "
+                              f"rounding. Raise --scale or --code-lr, or use --search-dtype float32.")
+                if stop or step + 1 == steps or (step + 1) % args.save_every == 0:
+                    save_state(args, step + 1, spread, optimizer, schedule)
+                if stop:
                     return False
     finally:
         for sig, handler in handlers.items():
@@ -378,26 +465,57 @@ def train(args, model, rows, state, device):
     return True
 
 
-def train_step(args, model, optimizer, schedule, rows, chosen, step, look, device):
+def selects_by_rounding(args, line):
+    """Whether what the rollouts differ by is no more than the noise of their scores, at a step that was looked at."""
+    return "noise" in line and args.codes > 1 and args.rollouts > 1 and line.get("spread", math.inf) < 2 * line["noise"]
+
+
+def own_part(args, rows, whole, device):
+    """This process's texts of a micro-batch, and what its search draws with -> (batch, noise (B, N, M, C) or None).
+
+    Every process draws the noise for all texts and keeps its part, so that it does not matter how many there are. One
+    that is left without a text takes any, without a response token: it counts nowhere, but the others wait for it."""
+    rank, world = processes()
+    own = whole[rank::world]
+    input_ids, mask, response = data.collate([rows[i] for i in own or whole[:1]], device=device)
+    if not own:
+        response = torch.zeros_like(response)
+    if world == 1 or args.method != "dlr" or args.search not in ("rollouts", "response"):
+        return (input_ids, mask, response), None
+    chunks = math.ceil(max(len(rows[i][0]) for i in whole) / args.chunk)
+    noise = torch.empty(len(whole), args.rollouts if args.codes > 1 else 1, chunks, args.codes, device=device)
+    noise = -noise.exponential_().log()  # Gumbel
+    noise = noise[rank::world] if own else noise[:1]
+    return (input_ids, mask, response), noise[:, :, : math.ceil(input_ids.shape[1] / args.chunk)]
+
+
+def train_step(args, spread, optimizer, schedule, rows, chosen, step, look, interrupted, device):
     """One optimiser step on the chosen rows -> what to log. Raises FloatingPointError where the loss is not finite."""
-    began = time.time()
-    micro = [chosen[i : i + args.batch_size] for i in range(0, len(chosen), args.batch_size)]
-    total = sum(len(rows[i][0]) - rows[i][1] for i in chosen)  # response tokens of the whole step
-    logged = {}
-    for part in micro:
-        share = sum(len(rows[i][0]) - rows[i][1] for i in part) / total
-        batch = data.collate([rows[i] for i in part], device=device)
+    began, world = time.time(), processes()[1]
+    starts = range(0, len(chosen), args.batch_size * world)
+    tokens = torch.tensor(sum(len(rows[i][0]) - rows[i][1] for i in chosen), device=device)  # response tokens
+    logged, parts = {}, []
+    for start in starts:
+        last = start == starts[-1]
+        batch, noise = own_part(args, rows, chosen[start : start + starts.step], device)
         use = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
-        with use:
-            loss, values = step_loss(args, model, batch, look)
-        (share * loss).backward()
+        wait = nullcontext() if last or not hasattr(spread, "no_sync") else spread.no_sync()
+        with wait:  # gradients meet once a step
+            with use:
+                loss, values = spread(batch, tokens, parts, last, look, noise)
+            (world * loss).backward()  # the engine takes the mean over processes, but these are parts of a sum
         for name, value in values.items():
-            logged[name] = logged.get(name, 0) + share * value.detach()
-    logged["grad_norm"] = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
-    line = dict(zip(logged, torch.stack(list(logged.values())).tolist()))  # the one wait for the device
+            logged[name] = logged.get(name, 0) + value.detach()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in spread.parameters() if p.grad is not None], 1.0)
+    logged["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)() / world
+    logged["interrupted"] = logged["grad_norm"].new_tensor(float(bool(interrupted)))  # all stop if one is to
+    line = dict(zip(logged, over_processes(torch.stack(list(logged.values()))).tolist()))  # the one wait for the device
     if not all(map(math.isfinite, line.values())):
         raise FloatingPointError(f"Step {step}: {line} is not finite (training examples {chosen}), so nothing was "
                                  f"updated; lower --lr, --code-lr or --scale, or use --dtype float32.")
+    if "prior" in line:
+        line["total"] = (line["generalist"] + line["steered"] + args.alpha_policy * line["policy"]
+                         + args.alpha_reg * line["prior"])
     line.update({group["name"]: group["lr"] for group in optimizer.param_groups})
     optimizer.step()
     schedule.step()
@@ -412,54 +530,83 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     try:
         check_settings(args)
-        device = choose_device(args.device)
+        device = join_processes(choose_device(args.device))
         if args.model == "tiny" and device.type == "cpu":
             torch.set_num_threads(1)  # its matrices are too small to share out: a second thread only gets in the way
-        splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops,
-                           args.nines)
-        where = find_model(args)
-        state = prepare_out(args)
+        rank, args.processes = processes()
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        with first_process_first():
+            splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops,
+                               args.nines)
+            where = find_model(args)
+            if rank == 0:
+                prepare_out(args)
+            lm, tokenizer = load_model(args, where, device)
+        state = Path(args.out, "state.pt")
+        state = torch.load(state, map_location="cpu", weights_only=True) if state.is_file() else None
         if args.model == "tiny" and args.freeze:
             print("Embedded default: a tiny LM that can add a little, frozen; only codebook and router are trained, on "
                   "harder sums (--no-freeze trains the LM along).", flush=True)
-        lm, tokenizer = load_model(args, where, device)
         lm.requires_grad_(not args.freeze)
         torch.manual_seed(args.seed)
         texts = dress(args, lm, tokenizer, splits)
         rows, cut, dropped = data.encode(texts["train"], tokenizer, args.max_length)
         if not rows:
             raise ValueError(f"no prompt leaves room for an answer within --max-length {args.max_length}; raise it.")
-        torch.manual_seed(args.seed)
-        model = DLRModel(lm, args.codes, args.chunk, args.layer, args.scale, args.router_norm).to(device)
-        model.calibrate(*data.collate(rows[:32], device=device)[:2])
-        if args.scale_units == "absolute":
-            model.unit.fill_(1)
+        model = build(args, lm, rows, device)
     except (OSError, ValueError) as error:
-        sys.exit(f"train.py: {first_line(error)}")
-    for parameter in (model.codebook, model.router.weight):
-        parameter.requires_grad_(args.method in ROUTED)
-    trained = write_config(args, model)
+        sys.exit(f"train.py: {first_line(error)}" if processes()[0] == 0 else 1)
+    trained = write_config(args, model) if rank == 0 else 0
     print(f"{args.method} on {args.data}: {len(rows)} training texts ({cut} cut at {args.max_length} tokens, {dropped} "
           f"too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} parameters trained")
     try:
         finished = train(args, model, rows, state, device)
     except (FloatingPointError, ValueError) as error:  # ValueError: --search exact has too much to search
-        sys.exit(f"train.py: {first_line(error)}")
+        sys.exit(f"train.py: {first_line(error)}" if rank == 0 else 1)
     try:
         if not finished:
             raise KeyboardInterrupt
+        if args.shard:
+            model = in_one_piece(args, model, where, device)
         finish(args, model, tokenizer, splits, texts, where, device)
     except KeyboardInterrupt:
-        sys.exit(f"Interrupted; the same command with --resume goes on from here (state: {args.out}/state.pt).")
+        sys.exit(f"Interrupted; the same command with --resume goes on from here (state: {args.out}/state.pt)."
+                 if rank == 0 else 1)
+
+
+def build(args, lm, rows, device):
+    """The DLRModel to train, seeded, its units measured on the first training texts."""
+    torch.manual_seed(args.seed)
+    model = DLRModel(lm, args.codes, args.chunk, args.layer, args.scale, args.router_norm).to(device)
+    model.calibrate(*data.collate(rows[:32], device=device)[:2])
+    if args.scale_units == "absolute":
+        model.unit.fill_(1)
+    for parameter in (model.codebook, model.router.weight):
+        parameter.requires_grad_(args.method in ROUTED)
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def in_one_piece(args, model, where, device):
+    """A model whose parameters are spread over processes (`fully_shard`) -> the same in one piece, in each of them."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    whole = DLRModel(load_model(args, where, "cpu")[0], args.codes, args.chunk, args.layer, args.scale,
+                     args.router_norm)
+    whole.load_state_dict(state)
+    return whole.to(device)
 
 
 def finish(args, model, tokenizer, splits, texts, where, device):
     """Save the model, answer the test set under every condition, print the table."""
-    folder = Path(args.out, "model")
+    rank, _ = processes()
     if args.method == "lora":
         baselines.merge_lora(model.lm)
-    model.save_pretrained(folder) if args.method in ROUTED else save_lm(model.lm, folder)
-    tokenizer.save_pretrained(folder)
+    if rank == 0:
+        folder = Path(args.out, "model")
+        model.save_pretrained(folder) if args.method in ROUTED else save_lm(model.lm, folder)
+        tokenizer.save_pretrained(folder)
     settings = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, batch_size=args.eval_batch_size)
     model.eval()
     validation = response_nll(model, tokenizer, texts["validation"], None if args.method in ROUTED else "off",
@@ -472,6 +619,8 @@ def finish(args, model, tokenizer, splits, texts, where, device):
         lm, tokenizer = load_model(args, where, device)
         base, base_predictions = evaluate(DLRModel(lm).to(device), tokenizer, splits["test"], ["base"], **settings)
     metrics, predictions = {**base, **metrics}, {**base_predictions, **predictions}
+    if rank:
+        return
     write_results(args.out, metrics, predictions, validation={"nll": validation})
     Path(args.out, "state.pt").unlink(missing_ok=True)
     print(f"\n{len(splits['test'])} test examples of {args.data}, greedy:\n{table(metrics)}")

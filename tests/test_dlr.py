@@ -660,16 +660,50 @@ def test_given_sequences_are_scored_as_they_are(model):
     assert torch.equal(found.codes, given[range(3), best].masked_fill(~real, -1))
 
 
+@pytest.mark.parametrize("policy", ["imitate", "rloo"])
+def test_the_parts_of_a_batch_make_the_gradient_of_the_whole(policy):
+    """One text, then two (padded to another width): all four terms, though policy and prior are no sums over texts."""
+    model = build("llama")
+    torch.nn.init.normal_(model.router.weight, std=0.05)
+    ids, mask = pad(texts(), "right")
+    response = mask.bool() & (torch.arange(ids.shape[1]) >= 2)
+    found = model.search(ids, response, 3, attention_mask=mask)
+    settings = dict(alpha_policy=0.7, alpha_reg=0.3, reinforce=found if policy == "rloo" else None)
+    whole = model.loss(ids, response, found.codes, attention_mask=mask, **settings)
+    wanted = gradients(model, whole.total)
+    tokens, parts, total = response[:, 1:].sum(), [], 0
+    for rows in (slice(1, 2), slice(0, 3, 2)):
+        longest = mask[rows].sum(1).max()
+        part, counted = ids[rows, :longest], response[rows, :longest]
+        trunk = model.trunk(part, mask[rows, :longest])
+        rollouts = found.rollouts[rows, :, : trunk.real.shape[1]]
+        own = dlr.SearchResult(found.codes[rows], found.log_likelihood[rows], rollouts)
+        total = total + sum(model.text_terms(part, counted, own.codes, trunk, tokens))
+        parts.append((model.route(part, trunk=trunk), trunk.real, own if policy == "rloo" else own.codes))
+    one, other = model.router_terms(parts, tokens)
+    torch.testing.assert_close(torch.stack([one, other]), torch.stack([whole.policy, whole.prior]))
+    grads = gradients(model, total + 0.7 * one + 0.3 * other)
+    assert grads.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(grads[name], value, atol=1e-5 * value.abs().max().item(), rtol=1e-4, msg=name)
+
+
 def test_bigrams_stay_within_a_text():
-    """Ten texts of one chunk have no pairs; beside a longer text only that text's pairs count."""
+    """Texts of one chunk have no pairs; beside a longer text only that text's pairs count."""
     logits, real = torch.randn(3, 4, C), torch.zeros(3, 4, dtype=torch.bool)
     real[:, 0] = True
-    fallback = torch.rand(C, C)
-    assert torch.equal(dlr.bigrams(logits, real, fallback), fallback)
+    sums, pairs = dlr.bigrams(logits, real)
+    assert pairs == 0 and not sums.any()
+    model = build("llama").train()
+    _, prior = model.router_terms([(logits, real, None)], torch.tensor(1))
+    uniform = torch.full((C, C), C**-2.0)  # without a pair the average stays what it was
+    torch.testing.assert_close(model.bigram, uniform)
+    torch.testing.assert_close(prior, dlr.prior_term(uniform, dlr.zipf_prior(uniform.sum(1))))
     real[1, :3] = True
     p = logits[1].softmax(-1)
-    expected = (torch.outer(p[0], p[1]) + torch.outer(p[1], p[2])) / 2
-    torch.testing.assert_close(dlr.bigrams(logits, real, fallback), expected)
+    sums, pairs = dlr.bigrams(logits, real)
+    assert pairs == 2
+    torch.testing.assert_close(sums, torch.outer(p[0], p[1]) + torch.outer(p[1], p[2]))
 
 
 def test_the_prior_is_zipfian_by_usage_and_its_own_minimum():
@@ -696,7 +730,8 @@ def test_the_running_average_moves_in_training_only():
     assert torch.equal(model.bigram, before)
     model.train().loss(ids, mask, random_codes(3, 4), attention_mask=mask)
     real = torch.tensor([[m < math.ceil(n / K) for m in range(4)] for n in LENGTHS])
-    expected = 0.8 * before + 0.2 * dlr.bigrams(model.route(ids, mask), real, before)
+    sums, pairs = dlr.bigrams(model.route(ids, mask), real)
+    expected = 0.8 * before + 0.2 * sums / pairs
     torch.testing.assert_close(model.bigram, expected)
 
 

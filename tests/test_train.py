@@ -351,26 +351,79 @@ def test_the_sft_loss_is_the_lms_own(folder):
     torch.testing.assert_close(baselines.sft_loss(model, ids, mask, response), expected)
 
 
-def test_accumulated_batches_step_like_one(folder, tmp_path):
-    """SFT on texts of unequal length: two batches of 4 make the step of one batch of 8."""
-    weights, norms = [], []
+@pytest.mark.parametrize("method", ["sft", "soft", "dlr"])
+def test_accumulated_batches_step_like_one(folder, tmp_path, method):
+    """Texts of unequal length: two batches of 4 make the step of one batch of 8, in every term of the loss."""
+    weights, lines = [], []
     examples = data.arithmetic(7, digits=2) + data.arithmetic(1, digits=15)  # one of the two batches is the longer one
     for size in (4, 8):
-        model, tokenizer = little_model(folder)
+        model, tokenizer = little_model(folder, num_codes=4, chunk_size=2)
         out = tmp_path / str(size)
         out.mkdir()
-        args = train.parse_args(["--model", str(folder), "--method", "sft", "--batch-size", str(size), "--accumulate",
-                                 str(8 // size), "--lr", "1e-3", "--out", str(out)])
+        args = train.parse_args(["--model", str(folder), "--method", method, "--batch-size", str(size), "--accumulate",
+                                 str(8 // size), "--lr", "1e-3", "--codes", "4", "--chunk", "2", "--temperature", "0",
+                                 "--out", str(out)])
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+        for parameter in (model.codebook, model.router.weight):
+            parameter.requires_grad_(method != "sft")
         assert train.train(args, model, data.encode(examples, tokenizer)[0], None, torch.device("cpu"))
         weights.append(model.lm.transformer.h[0].mlp.c_fc.weight)
-        norms.append(log_of(out)[0]["grad_norm"])  # AdamW's first step hardly tells the scale of a gradient
+        lines.append(log_of(out)[0])
     before = AutoModelForCausalLM.from_pretrained(folder).transformer.h[0].mlp.c_fc.weight
     assert (weights[0] - before).abs().max() > 1e-4
     torch.testing.assert_close(weights[0], weights[1], atol=2e-6, rtol=1e-4)
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    terms = {"sft": ["loss"], "soft": ["generalist", "steered", "prior"]}.get(method, ["policy", "prior", "total"])
+    for name in [*terms, "grad_norm"]:  # AdamW's first step hardly tells the scale of a gradient
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4), name
+
+
+@pytest.fixture(scope="session")
+def steady_folder(folder, tmp_path_factory):
+    """The little model without dropout."""
+    path = tmp_path_factory.mktemp("models") / "steady"
+    lm = AutoModelForCausalLM.from_pretrained(folder, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    lm.save_pretrained(path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
+def together(*args):
+    """The command that runs train.py in two processes. Without the dashes torchrun takes --n for one of its own."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--",
+            str(ROOT / "train.py"), *map(str, args)]
+
+
+@pytest.mark.parametrize("flags", [["--recipe", "ours"], ["--shard"]])
+def test_two_processes_make_the_steps_of_one_and_resume(steady_folder, tmp_path, monkeypatch, flags):
+    """The last batch of each epoch has one text: the second process has none there, and must not hang."""
+    settings = ["--model", str(steady_folder), *SUMS, "--n", "33", "--epochs", "6", "--save-every", "3", *flags]
+    alone = [*settings, "--batch-size", "8", "--out", "one"]
+    shared = [*settings, "--batch-size", "4", "--out", "two"]
+    monkeypatch.chdir(tmp_path)
+    train.main(alone)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(together(*shared), cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "two" / "log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 5):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() != 0
+    assert not (tmp_path / "two" / "metrics.json").exists()
+    assert 5 <= len(log.read_text().splitlines()) < 30
+    done = subprocess.run(together(*shared, "--resume"), cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test examples") == 1  # one process speaks, and writes
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert len(one) == len(two) == 30
+    for line, other in zip(one, two):
+        for name in ("generalist", "steered", "policy", "prior", "total", "best_nll", "mean_nll", "grad_norm"):
+            assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (line["step"], name)
+    answers = [json.loads(Path(name, "metrics.json").read_text()) for name in ("one", "two")]
+    for condition in ("base", "steered", "off"):
+        assert answers[0]["test"][condition]["nll"] == pytest.approx(answers[1]["test"][condition]["nll"], rel=1e-4)
 
 
 def test_batched_answers_equal_single_ones(folder):
