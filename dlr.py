@@ -537,7 +537,7 @@ class DLRModel(nn.Module):
 
     def _draw(self, logits, rollouts, temperature, generator, noise):
         """`rollouts` code sequences from router logits (B, M, C) -> (B, R, M)."""
-        tau = torch.as_tensor(temperature, dtype=torch.float32)
+        tau = torch.as_tensor(temperature, dtype=torch.float32, device="cpu")
         if rollouts < 1 or tau.min() < 0 or tau.numel() not in (1, rollouts):
             raise ValueError(f"rollouts is {rollouts}, which must be at least 1, and temperature {temperature}, which "
                              f"must be one number >= 0, or one for each rollout.")

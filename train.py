@@ -122,6 +122,8 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     group.add_argument("--out", help="folder of the run (default: runs/<model>-<data>-<method>-s<seed>)")
+    group.add_argument("--benchmark", type=int, default=0, metavar="R", nargs="?", const=3,
+                       help="train nothing: time steps of several kinds R times (default: 3), and generation")
     group.add_argument("--save-every", type=int, default=100, help="steps between states to resume from")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run (same settings)")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
@@ -524,6 +526,62 @@ def train_step(args, spread, optimizer, schedule, rows, chosen, step, look, inte
     return line
 
 
+def benchmark(args, model, tokenizer, rows, device):
+    """Time a training step (of the whole LM, optimiser included) of several kinds on the first batch, and generation.
+
+    What is compared is timed in turn, --benchmark times after a warm-up; medians are printed."""
+    batch = data.collate(rows[: args.batch_size], device=device)
+    input_ids, mask, response = batch
+    count, tokens = int(mask.sum()), response[:, 1:].sum()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def ours(search, rollouts):
+        settings = {**vars(args), "method": "dlr", "search": search, "rollouts": rollouts}
+        return lambda: Step(argparse.Namespace(**settings), model)(batch, tokens, [], True, False, None)[0]
+
+    labels = input_ids.masked_fill(~response, -100)
+    losses = {"SFT, as the LM does it": lambda: model.lm(input_ids=input_ids, attention_mask=mask, labels=labels).loss,
+              "SFT, logits of responses only": lambda: baselines.sft_loss(model, *batch),
+              "naive DLR, N = 8": lambda: baselines.naive_dlr_loss(model, *batch, 8),
+              **{f"DLR, N = {n}": ours("rollouts", n) for n in (1, 4, 8, 16)},
+              "DLR, N = 8, --search response": ours("response", 8)}
+    floors = [*2 * [baselines.floor(model, float(tokens) / count)], math.nan,
+              *[baselines.floor(model, float(tokens) / count, n) for n in (1, 4, 8, 16)], math.nan]
+
+    def step(loss):
+        with torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext():
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    meter, new = baselines.Meter(device), dict(max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    prompts = data.collate_prompts([ids[:start] for ids, start in rows[: args.batch_size]], device=device)
+    tasks = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
+    tasks |= {"generation, plain": lambda: model.lm.generate(prompts[0], attention_mask=prompts[1], **new),
+              "generation, steered": lambda: model.generate(*prompts, **new)}
+    rounds = []
+    for _ in tqdm(range(1 + args.benchmark), "timing (the first round warms up)"):
+        for name, task in tasks.items():
+            model.train(not name.startswith("generation"))
+            rounds.append(meter(task))
+    seconds, memory = torch.tensor(rounds, dtype=torch.float64).view(-1, len(tasks), 2)[1:].median(0).values.T.tolist()
+    print(f"A batch of {len(input_ids)} texts, {count} tokens, {int(tokens)} of them of responses; K = {args.chunk}, "
+          f"injection after block {model.layer}, {args.dtype}, search in {args.search_dtype}, {device}, torch "
+          f"{torch.__version__}, {torch.get_num_threads()} threads. Times SFT: the LM's own. Floor: operations, in "
+          f"those of SFT with the logits of responses only; times floor: how much longer than that a step takes.\n"
+          f"{'':<30} {'seconds':>8} {'x SFT':>6} {'tokens/s':>9} {'extra GB':>9} {'floor':>6} {'x floor':>8}")
+    for name, second, more, least in zip(losses, seconds, memory, floors):
+        floor = f"{least / floors[1]:6.2f} {second / seconds[1] / (least / floors[1]):8.2f}" if least == least else ""
+        print(f"{name:<30} {second:8.3f} {second / seconds[0]:6.2f} {count / second:9.0f} {more / 1e9:9.2f} {floor}")
+    plain, steered = seconds[-2:]
+    print(f"Steered generation takes {100 * (steered / plain - 1):+.1f}% longer than plain generation "
+          f"({plain:.2f} s for 64 tokens each). Naive / ours at N = 8: {seconds[2] / seconds[5]:.2f}; plain / response "
+          f"search: {seconds[5] / seconds[7]:.2f}.")
+
+
 def main(argv=None):
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
@@ -540,7 +598,7 @@ def main(argv=None):
             splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops,
                                args.nines)
             where = find_model(args)
-            if rank == 0:
+            if rank == 0 and not args.benchmark:
                 prepare_out(args)
             lm, tokenizer = load_model(args, where, device)
         state = Path(args.out, "state.pt")
@@ -557,6 +615,8 @@ def main(argv=None):
         model = build(args, lm, rows, device)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {first_line(error)}" if processes()[0] == 0 else 1)
+    if args.benchmark:
+        return benchmark(args, model, tokenizer, rows, device)
     trained = write_config(args, model) if rank == 0 else 0
     print(f"{args.method} on {args.data}: {len(rows)} training texts ({cut} cut at {args.max_length} tokens, {dropped} "
           f"too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} parameters trained")

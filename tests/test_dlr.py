@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel,
                           GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
@@ -803,3 +805,35 @@ def test_bfloat16_update_with_float32_search():
     torch.testing.assert_close(kept.log_likelihood, expected.log_likelihood)
     assert (rounded.log_likelihood - expected.log_likelihood).abs().max() > 1e-3
     assert model.codebook.grad.abs().sum() > 0
+
+
+class NoDouble(TorchDispatchMode):
+    """Apple's GPUs have no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            assert not torch.is_tensor(tensor) or tensor.dtype != torch.float64, function
+        return output
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_no_tensor_is_made_on_another_device_than_the_models(family, side):
+    """Whatever is created without saying where lands on `meta` here, and meets no tensor of the CPU without an error."""
+    model = build(family)
+    ids, mask = pad(texts(), side)
+    response = mask.bool() & (torch.arange(ids.shape[1]) >= 5)
+    with pytest.raises(RuntimeError), torch.device("meta"):
+        ids + torch.ones(1)  # so this would be seen
+    with torch.device("meta"), NoDouble():
+        model.calibrate(ids, mask)
+        trunk = model.trunk(ids, mask)
+        found = model.search(ids, response, 3, temperature=0.5, trunk=trunk)
+        model.beam_search(ids, response, 2, trunk=trunk)
+        model.exact_search(ids, response, trunk=trunk)
+        model.loss(ids, response, found.codes, trunk=trunk).total.backward()
+        model.loss(ids, response, found.codes, attention_mask=mask, reinforce=found).total.backward()
+        if side == "left" and family != "gemma3":  # transformers' own sliding cache starts its count on the default device
+            with model.intervene("random"):
+                model.generate(ids, mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        model(ids, mask)
