@@ -43,11 +43,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import bootstrap, entropy
+from scipy.stats import entropy
 
 import data
 from eval import (KEEP, OFF, answer, batches, choose_device, encode_to_answer, interval, load_data, load_run,
-                  others_codes, table_intervention)
+                  others_codes, reference_rows, response_nll, router_codes)
 
 PASSES_ON, CARRIED = ("US", "SS", "UD", "ME"), ("US", "UC", "UD", "UB")  # labels of data.subtasks
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # colour-blind-safe (Okabe, Ito)
@@ -74,46 +74,6 @@ def conditions(codes, prompt_lengths, chunk_size):
             "frequent": torch.stack(frequent).expand_as(codes)}
 
 
-@torch.no_grad()
-def router_codes(model, rows, batch_size):
-    """The router's argmax in the chunks of `rows` (see `data.encode`) -> codes (n, M) on the CPU, -1 for no chunk.
-
-    Nothing is predicted from a row's last token, so a chunk that begins there is none."""
-    chunks = [-(-(len(ids) - 1) // model.chunk_size) for ids, _ in rows]
-    codes = torch.full((len(rows), max(chunks)), -1)
-    for batch in batches([len(ids) for ids, _ in rows], batch_size):
-        input_ids, mask, _ = data.collate([rows[i] for i in batch], device=model.codebook.device)
-        for i, chosen in zip(batch, model.route(input_ids, mask).argmax(-1).cpu()):
-            codes[i, : chunks[i]] = chosen[: chunks[i]]
-    return codes
-
-
-@torch.no_grad()
-def reference_nll(model, rows, intervention, batch_size):
-    """Summed NLL in nats, and number, of the response tokens of each row -> (nll (n,), tokens (n,)), NumPy arrays.
-
-    `intervention` as in `answer`; a table (n, M) belongs to the reference texts."""
-    nll, tokens = np.zeros(len(rows)), np.zeros(len(rows))
-    for batch in batches([len(ids) for ids, _ in rows], batch_size):
-        input_ids, mask, response = data.collate([rows[i] for i in batch], device=model.codebook.device)
-        use = intervention
-        if torch.is_tensor(use):
-            use = table_intervention(use[batch].to(input_ids.device))
-        with model.intervene(use):
-            nll[batch] = -model.log_likelihood(input_ids, response, attention_mask=mask).cpu().numpy()
-        tokens[batch] = response[:, 1:].sum(1).cpu().numpy()
-    return nll, tokens
-
-
-def ratio_interval(above, below):
-    """sum(above) / sum(below) of paired values (n,) with its 95% bootstrap interval -> (ratio, low, high)."""
-    ratio = lambda a, b, axis=-1: a.sum(axis) / b.sum(axis)
-    if len(above) == 1:
-        return (ratio(above, below),) * 3
-    found = bootstrap((above, below), ratio, paired=True, n_resamples=5000, batch=500, method="percentile", rng=0)
-    return ratio(above, below), *map(float, found.confidence_interval)
-
-
 def by_topic(topics, statistic):
     """{topic: statistic(indices of its examples)}, the most frequent topic first; examples without one are left out."""
     names, counts = np.unique([topic for topic in topics if topic is not None], return_counts=True)
@@ -138,12 +98,12 @@ def interventions(model, tokenizer, examples, on, rows, seed=0, **settings):
         predictions = on[0] if name == "on" else answer(model, tokenizer, examples, use, label=name, **settings)[0]
         strict = np.array([prediction["strict"] for prediction in predictions], dtype=float)
         torch.manual_seed(seed)
-        nll, tokens = reference_nll(model, rows, scored[name], settings["batch_size"])
+        nll, tokens = response_nll(model, rows, scored[name], settings["batch_size"])
         before = before or (strict, nll)
         result[name] = {
             "strict": interval(strict), "change": interval(strict - before[0]),
             "cut_off": float(np.mean([prediction["cut_off"] for prediction in predictions])),
-            "nll": ratio_interval(nll, tokens), "nll_change": ratio_interval(nll - before[1], tokens),
+            "nll": interval(nll, tokens), "nll_change": interval(nll - before[1], tokens),
             "topics": by_topic(topics, lambda chosen: interval(strict[chosen])),
         }
     return result
@@ -610,23 +570,16 @@ def parse_args(argv=None):
 def load(run, args, device):
     """-> (model, tokenizer, config, what metrics.json holds so far); flags go before the run's own settings.
 
-    Raises OSError or ValueError where the run is not finished, or has no codes."""
+    Raises OSError or ValueError where the run is not finished, has no codes, or needs --max-new-tokens."""
     if Path(run, "config.json").is_file() and not Path(run, "model", "dlr.safetensors").is_file():
         raise FileNotFoundError("it has no codes (no model/dlr.safetensors), so there is nothing to analyse.")
     model, tokenizer, config = load_run(run, device)
     config["batch_size"] = config["eval_batch_size"]
     for name in ("test", "max_new_tokens", "data_dir", "batch_size"):
         config[name] = config[name] if getattr(args, name) is None else getattr(args, name)
+    if not config["max_new_tokens"] and (args.interventions or args.swap or args.show or args.html):
+        raise ValueError("it was evaluated without answers; say how long they may get with --max-new-tokens.")
     return model, tokenizer, config, json.loads(Path(run, "metrics.json").read_text())
-
-
-def reference_rows(examples, tokenizer, max_length):
-    """Reference texts -> (the examples whose prompt leaves room for a response, their rows as of `data.encode`)."""
-    lengths = map(len, data.encode_prompts([example.prompt for example in examples], tokenizer))
-    kept = [example for example, length in zip(examples, lengths) if length < max_length]
-    if not kept:
-        raise ValueError(f"no test prompt leaves room for a response within {max_length} tokens.")
-    return kept, data.encode(kept, tokenizer, max_length)[0]
 
 
 def analyse_codes(model, tokenizer, kept, rows, batch_size, min_count, seed):
@@ -686,6 +639,9 @@ def main(argv=None):
             model, tokenizer, config, metrics = load(run, args, device)
             examples = load_data(config)["test"]
             kept, rows = reference_rows(examples, tokenizer, config["max_length"])
+            if not rows:
+                raise ValueError(f"no test prompt leaves room for a response within {config['max_length']} tokens.")
+            kept = [examples[i] for i in kept]
         except (OSError, ValueError) as error:
             left_out.append(f"analyze.py: {run} is left out: {error}".splitlines()[0])
             continue

@@ -3,6 +3,7 @@
     python eval.py runs/tiny-arithmetic-dlr-s0                              # one run: load it, answer, print
     python eval.py --saved --against runs/sft-s0 runs/dlr-s0 runs/sft-s0    # compare the answers that the runs hold
     python eval.py --saved --seeds --against runs/sft-s0 runs/*-s?          # runs that differ in seed only are one row
+    python eval.py --saved --seeds --by nll --against runs/sft-s0 runs/*-s?     # the same in NLL instead of accuracy
 
 "Off costs accuracy" alone says little: any constant vector that the model got used to would do the same. So a model
 with codes is looked at under five conditions, all on the same weights (but for `base`):
@@ -17,8 +18,10 @@ A run without codes has one condition, named after its method. analyze.py has mo
 
 Accuracy is strict (the answer after `####`) and flexible (else the last number, letter or yes/no), each as a mean over
 test examples with a 95% bootstrap interval. Cut off are answers that did not end within --max-new-tokens: where that
-share is high, accuracy measures length. NLL is the mean loss per token of the reference response, in nats. A
-comparison is paired: the difference is taken example by example, then averaged, with a bootstrap interval and p value.
+share is high, accuracy measures length. NLL is the mean loss per token of the reference responses, in nats ("other"
+takes its codes from another reference text); --max-new-tokens 0 measures only that, and saves the time that answers
+take. A comparison, of accuracy or of NLL, is paired: the difference is taken example by example, then averaged, with a
+bootstrap interval and p value.
 """
 import argparse
 import json
@@ -38,6 +41,8 @@ import data
 from dlr import DLRModel
 
 ROUTED = ("dlr", "soft")  # the methods that have codes
+LACKING = {"strict": "it holds no answers; give --by nll, or answer its test set with --max-new-tokens.",
+           "nll": "it does not hold the NLL of each example; evaluate it anew (eval.py --max-new-tokens 0 will do)."}
 KEEP, OFF = -1, -2  # in a table of codes: leave the router's choice; steer nothing
 
 
@@ -64,29 +69,27 @@ def choose_device(name="auto"):
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def resample(values):
-    """Means of 5000 bootstrap resamples of `values` (n,), seeded -> (5000,)."""
-    return bootstrap((values,), np.mean, n_resamples=5000, batch=500, method="percentile", rng=0).bootstrap_distribution
+def interval(values, weights=None):
+    """sum(values) / sum(weights), both (n,), with its 95% percentile bootstrap interval -> (ratio, low, high).
+
+    Without weights, that is the mean of the values; of nats, with tokens for weights, nats per token."""
+    return compare(values, 0, weights)[:3]
 
 
-def interval(values):
-    """Mean of `values` (n,) with its 95% percentile bootstrap interval -> (mean, low, high)."""
-    values = np.asarray(values, dtype=float)
-    if np.ptp(values) == 0:  # nothing to resample
-        return (float(values[0]),) * 3
-    return (float(values.mean()), *map(float, np.quantile(resample(values), [0.025, 0.975])))
+def compare(a, b, weights=None):
+    """`interval` of the paired difference a - b of two runs on the same examples (n,) -> (ratio, low, high, p).
 
-
-def compare(a, b):
-    """Paired difference a - b of two runs on the same examples (n,) -> (mean, low, high, p).
-
-    The interval is that of `interval`; p is two-sided: twice the smaller share of resamples on either side of zero."""
+    5000 resamples of the examples, seeded; p is two-sided: twice the smaller share of them on either side of zero."""
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    if np.ptp(difference) == 0:
-        return (float(difference[0]),) * 3 + (float(difference[0] == 0),)
-    means = resample(difference)
-    tail = min((means <= 0).sum(), (means >= 0).sum())
-    return *interval(difference), float(min(1.0, 2 * (tail + 1) / (len(means) + 1)))
+    weights = np.ones(len(difference)) if weights is None else weights
+    if np.ptp(difference / weights) == 0:  # nothing to resample
+        return (float(difference[0] / weights[0]),) * 3 + (float(difference[0] == 0),)
+    ratio = lambda above, below, axis=-1: above.sum(axis) / below.sum(axis)
+    ratios = bootstrap((difference, weights), ratio, paired=True, n_resamples=5000, batch=500, method="percentile",
+                       rng=0).bootstrap_distribution
+    tail = min((ratios <= 0).sum(), (ratios >= 0).sum())
+    return (float(ratio(difference, weights)), *map(float, np.quantile(ratios, [0.025, 0.975])),
+            float(min(1.0, 2 * (tail + 1) / (len(ratios) + 1))))
 
 
 def others_codes(codes):
@@ -157,61 +160,91 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
     return predictions, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
+def reference_rows(examples, tokenizer, max_length):
+    """Reference texts -> (indices of examples whose prompt leaves room for a response, their rows of `data.encode`)."""
+    lengths = map(len, data.encode_prompts([example.prompt for example in examples], tokenizer))
+    kept = [i for i, length in enumerate(lengths) if length < max_length]
+    return kept, data.encode([examples[i] for i in kept], tokenizer, max_length)[0]
+
+
 @torch.no_grad()
-def response_nll(model, tokenizer, examples, intervention=None, max_length=512, batch_size=16):
-    """Mean NLL of the reference responses in nats per token, under an intervention as in `answer`; None for none."""
-    device = model.codebook.device
-    rows, _, _ = data.encode(examples, tokenizer, max_length)
-    total = tokens = 0.0
+def router_codes(model, rows, batch_size):
+    """The router's argmax in the chunks of `rows` (see `data.encode`) -> codes (n, M) on the CPU, -1 for no chunk.
+
+    Nothing is predicted from a row's last token, so a chunk that begins there is none."""
+    chunks = [-(-(len(ids) - 1) // model.chunk_size) for ids, _ in rows]
+    codes = torch.full((len(rows), max(chunks, default=0)), -1)
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
-        input_ids, mask, response = data.collate([rows[i] for i in batch], device=device)
-        with model.intervene(intervention):
-            total -= model.log_likelihood(input_ids, response, attention_mask=mask).sum().item()
-        tokens += response[:, 1:].sum().item()
-    return total / tokens if tokens else None
+        input_ids, mask, _ = data.collate([rows[i] for i in batch], device=model.codebook.device)
+        for i, chosen in zip(batch, model.route(input_ids, mask).argmax(-1).cpu()):
+            codes[i, : chunks[i]] = chosen[: chunks[i]]
+    return codes
 
 
-def evaluate(model, tokenizer, examples, conditions, seed=0, max_length=512, **settings):
+@torch.no_grad()
+def response_nll(model, rows, intervention=None, batch_size=16):
+    """Summed NLL in nats, and number, of the response tokens of each row -> (nll (n,), tokens (n,)), NumPy arrays.
+
+    `intervention` as in `answer`; a table (n, M) belongs to the reference texts."""
+    nll, tokens = np.zeros(len(rows)), np.zeros(len(rows))
+    for batch in batches([len(ids) for ids, _ in rows], batch_size):
+        input_ids, mask, response = data.collate([rows[i] for i in batch], device=model.codebook.device)
+        use = intervention
+        if torch.is_tensor(use):
+            use = table_intervention(use[batch].to(input_ids.device))
+        with model.intervene(use):
+            nll[batch] = -model.log_likelihood(input_ids, response, attention_mask=mask).cpu().numpy()
+        tokens[batch] = response[:, 1:].sum(1).cpu().numpy()
+    return nll, tokens
+
+
+def evaluate(model, tokenizer, examples, conditions, seed=0, max_length=512, max_new_tokens=256, batch_size=16):
     """Answer the examples under each of the named conditions -> (metrics, predictions), dicts by condition.
 
-    Any other name than those of the docstring is the model without steering. `settings` go to `answer`."""
+    Any other name than those of the docstring is the model without steering. max_new_tokens=0 answers nothing. The
+    "nll" of a prediction: nats and tokens of the reference response, (0, 0) where the prompt leaves no room for one."""
     model.eval()
+    kept, rows = reference_rows(examples, tokenizer, max_length)
     metrics, predictions, codes = {}, {}, None
     for condition in conditions:
+        other = others_codes(router_codes(model, rows, batch_size)) if condition == "other" else None
+        use = {"steered": None, "random": "random", "other": other}.get(condition, "off")
         torch.manual_seed(seed)  # for "random"
-        use = {"steered": None, "random": "random", "other": None}.get(condition, "off")
-        if condition == "other":
-            use = others_codes(codes)
-        predictions[condition], used = answer(model, tokenizer, examples, use, label=condition, **settings)
-        if condition == "steered":
-            codes = used
-        for prediction, row in zip(predictions[condition], used):
-            prediction["codes"] = row[row >= 0].tolist()
-        metrics[condition] = summarise(predictions[condition])
-        if condition != "other":  # its codes belong to generated texts, not to the reference responses
+        nll, tokens = response_nll(model, rows, use, batch_size)
+        found = [{"prompt": example.prompt, "answer": example.answer} for example in examples]
+        if max_new_tokens:
+            use = others_codes(codes) if condition == "other" else use  # of answers, not of reference responses
             torch.manual_seed(seed)
-            metrics[condition]["nll"] = response_nll(model, tokenizer, examples, use, max_length,
-                                                     settings.get("batch_size", 16))
+            found, used = answer(model, tokenizer, examples, use, max_new_tokens, batch_size, condition)
+            codes = used if condition == "steered" else codes
+            found = [{**prediction, "codes": row[row >= 0].tolist()} for prediction, row in zip(found, used)]
+        scored = dict(zip(kept, zip(nll.tolist(), tokens.tolist())))
+        predictions[condition] = [{**prediction, "nll": scored.get(i, (0, 0))} for i, prediction in enumerate(found)]
+        metrics[condition] = {**summarise(found), "nll": float(nll.sum() / tokens.sum()) if rows else None}
     return metrics, predictions
 
 
 def summarise(predictions):
-    """Accuracies with their intervals, and lengths, of a list of predictions -> dict."""
+    """Accuracies with their intervals, and lengths, of a list of predictions -> dict; just "n" without answers."""
+    if "ids" not in predictions[0]:
+        return {"n": len(predictions)}
     column = lambda name: [prediction[name] for prediction in predictions]
     return {"strict": interval(column("strict")), "flexible": interval(column("flexible")), "n": len(predictions),
             "cut_off": float(np.mean(column("cut_off"))), "tokens": float(np.mean(list(map(len, column("ids")))))}
 
 
 def table(metrics):
-    """The conditions of a run as lines of text."""
+    """The conditions of a run as lines of text; - for what was not measured."""
     percent = lambda value: "{:5.1f}  [{:5.1f}, {:5.1f}]".format(*(100 * v for v in value))
     wide = max(9, *map(len, metrics))
     lines = [f"{'':<{wide}} {'strict %  (95%)':<22} {'flexible %  (95%)':<22} "
              f"{'cut off %':>9} {'tokens':>7} {'NLL':>7}"]
     for name, row in metrics.items():
-        nll = f"{row['nll']:7.4f}" if "nll" in row else f"{'':7}"
-        lines.append(f"{name:<{wide}} {percent(row['strict'])} {percent(row['flexible'])} {100 * row['cut_off']:9.1f} "
-                     f"{row['tokens']:7.1f} {nll}")
+        found, nll = f"{'-':>5} {'-':>21} {'-':>25} {'-':>7}", row.get("nll")
+        if "strict" in row:
+            accuracy = f"{percent(row['strict'])} {percent(row['flexible'])}"
+            found = f"{accuracy} {100 * row['cut_off']:9.1f} {row['tokens']:7.1f}"
+        lines.append(f"{name:<{wide}} {found} {'-' if nll is None else format(nll, '.4f'):>7}")
     return "\n".join(lines)
 
 
@@ -287,11 +320,15 @@ def fresh_result(run, args):
     metrics, predictions = evaluate(model, tokenizer, test, conditions_of(config["method"]),
                                     max_length=config["max_length"], max_new_tokens=config["max_new_tokens"],
                                     batch_size=args.batch_size or config["eval_batch_size"])
+    before = saved_result(run)
+    for name in [] if config["max_new_tokens"] else metrics:  # nothing was answered: the answers that are there stay
+        if questions(before.predictions.get(name, [])) == questions(predictions[name]):
+            metrics[name] = {**before.metrics[name], **metrics[name]}
+            predictions[name] = [{**old, **new} for old, new in zip(before.predictions[name], predictions[name])]
     write_results(run, metrics, predictions)
     print(f"{run}: {len(test)} test examples of {config['data']}\n{table(metrics)}\n", flush=True)
-    base = saved_result(run)  # the LM before is not here any more, but its answers are
-    if len(base.predictions.get("base", [])) == len(test):
-        metrics, predictions = {**base.metrics, **metrics}, {**base.predictions, **predictions}
+    if len(before.predictions.get("base", [])) == len(test):  # the LM before is not here any more, but its answers are
+        metrics, predictions = {**before.metrics, **metrics}, {**before.predictions, **predictions}
     return Result(run, config, metrics, predictions)
 
 
@@ -321,48 +358,70 @@ def questions(predictions):
     return [row["prompt"].replace(baselines.PAUSE, "") for row in predictions]
 
 
-def paired(row, other):
-    """Two rows of `grouped` -> (mean, low, high, p, standard error) of the difference in strict accuracy, or None.
+def stacked(answers, by):
+    """Predictions of several runs on the same examples -> (values (runs, n), weights (n,)), or None if they are not.
+
+    Values are right or wrong, weighing 1, or the nats of the reference response, weighing as many as it has tokens (an
+    example without any is left out); so sum(values) / sum(weights) is accuracy, or NLL per token. Runs whose tokens
+    differ, by their tokenizer or where a response was cut, are not comparable."""
+    if len({tuple(questions(one)) for one in answers}) != 1:
+        return None
+    pairs = np.array([[row["nll"] if by == "nll" else (row["strict"], 1) for row in one] for one in answers], float)
+    weights = pairs[0, :, 1]  # pairs (runs, n, 2)
+    if (pairs[..., 1] != weights).any() or not weights.any():
+        return None
+    return pairs[:, weights > 0, 0], weights[weights > 0]
+
+
+def paired(row, other, by="strict"):
+    """Two rows of `grouped` -> (mean, low, high, p, standard error) of the difference in accuracy or NLL, or None.
 
     Over several seeds, runs of the same seed are paired, and their examples; interval and p are over examples, the
-    standard error is over seeds (NaN for one)."""
+    standard error is over seeds (NaN for one). The NLL's difference is that of all nats over all tokens, and its
+    interval resamples examples with their nats and tokens."""
     theirs = {result.config["seed"]: result.predictions[condition] for result, condition in other}
     mine = {result.config["seed"]: result.predictions[condition] for result, condition in row}
     if len(mine) == len(theirs) == 1:
         theirs = dict(zip(mine, theirs.values()))
     seeds = [seed for seed in mine if seed in theirs and questions(mine[seed]) == questions(theirs[seed])]
-    if not seeds or len({tuple(questions(mine[seed])) for seed in seeds}) > 1:
+    found = stacked([answers[seed] for answers in (mine, theirs) for seed in seeds], by)
+    if not found:
         return None
-    ours, others = (np.array([[one["strict"] for one in answers[seed]] for seed in seeds], dtype=float)
-                    for answers in (mine, theirs))  # (seeds, examples)
-    error = (ours - others).mean(1).std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else np.nan
-    return *compare(ours.mean(0), others.mean(0)), error
+    (ours, others), weights = np.split(found[0], 2), found[1]  # (seeds, n) each, and (n,)
+    per_seed = (ours - others).sum(1) / weights.sum()
+    error = per_seed.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else np.nan
+    return *compare(ours.mean(0), others.mean(0), weights), error
 
 
-def comparison(rows, against=None):
+def comparison(rows, against=None, by="strict"):
     """The rows of `grouped` as lines of text; differences are to the row that holds the run `against` (or "base")."""
-    lines = [f"{'data':<16} {'run':<20} {'seeds':>5} {'strict %  (95%)':<20} {'± sd':>5} {'flex. %':>7} {'cut %':>5} "
-             f"{'tokens':>6} {'NLL':>6}" + (f"  {'difference  (95%)':<21} {'± se':>4} {'p':>5}" if against else "")]
+    nll = by == "nll"
+    scale, w, number = (1, 7, "7.4f") if nll else (100, 5, "5.1f")
+    shown = lambda mean, low, high, form: f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+    what, more = ("NLL", "") if nll else ("strict %", f" {'flex. %':>7} {'cut %':>5} {'tokens':>6} {'NLL':>6}")
+    lines = [f"{'data':<16} {'run':<20} {'seeds':>5} {what + '  (95%)':<{3 * w + 5}} {'± sd':>{w}}{more}"
+             + (f"  {'difference  (95%)':<{3 * w + 6}} {'± se':>{w - 1}} {'p':>5}" if against else "")]
     for (data_name, name), row in rows.items():
         metrics = [result.metrics[condition] for result, condition in row]
-        average = lambda key: np.mean([one[key][0] if key == "flexible" else one[key] for one in metrics])
-        per_seed = np.array([one["strict"][0] for one in metrics])
-        spread = f"{100 * per_seed.std(ddof=1):5.1f}" if len(row) > 1 else f"{'':5}"
-        same = len({tuple(questions(result.predictions[condition])) for result, condition in row}) == 1
-        strict = [[one["strict"] for one in result.predictions[condition]] for result, condition in row]
-        center = interval(np.mean(strict, 0)) if same else (per_seed.mean(), np.nan, np.nan)
-        center, low, high = 100 * np.array(center)
-        line = (f"{data_name:<16} {name:<20} {len(row):5} {center:5.1f} [{low:5.1f}, {high:5.1f}] {spread} "
-                f"{100 * average('flexible'):7.1f} {100 * average('cut_off'):5.1f} {average('tokens'):6.1f} "
-                f"{average('nll'):6.3f}")
+        column = lambda key: np.array([np.ravel(one[key])[0] for one in metrics], dtype=float)  # (mean, low, high)?
+        per_seed = scale * column(by)
+        spread = f"{per_seed.std(ddof=1):{number}}" if len(row) > 1 else " " * w
+        found = stacked([result.predictions[condition] for result, condition in row], by)
+        center = (per_seed.mean(), np.nan, np.nan)
+        if found:
+            center = scale * np.array(interval(found[0].mean(0), found[1]))
+        line = f"{data_name:<16} {name:<20} {len(row):5} {shown(*center, number)} {spread}"
+        if not nll:
+            line += (f" {100 * column('flexible').mean():7.1f} {100 * column('cut_off').mean():5.1f} "
+                     f"{column('tokens').mean():6.1f} {column('nll').mean():6.3f}")
         if against:
             other = [o for (d, n), o in rows.items() if d == data_name
                      and (n == against or any(Path(r.run) == Path(against) and c != "base" for r, c in o))]
-            found = paired(row, other[0]) if other else None
+            found = paired(row, other[0], by) if other else None
             if found:
-                mean, low, high, p, error = np.multiply(found, (100, 100, 100, 1, 100))
-                error = f"{error:4.1f}" if error == error else f"{'':4}"
-            line += f"  {mean:+5.1f} [{low:+5.1f}, {high:+5.1f}] {error} {p:5.3f}" if found else "  not comparable"
+                mean, low, high, p, error = np.multiply(found, (scale, scale, scale, 1, scale))
+                error = " " * (w - 1) if np.isnan(error) else f"{error:{w - 1}{number[1:]}}"
+            line += f"  {shown(mean, low, high, '+' + number)} {error} {p:5.3f}" if found else "  not comparable"
         lines.append(line)
     return "\n".join(lines)
 
@@ -375,8 +434,10 @@ def parse_args(argv=None):
     parser.add_argument("--saved", action="store_true", help="take the answers that the runs hold; load no model")
     parser.add_argument("--seeds", action="store_true", help="join runs that differ in their seed only")
     parser.add_argument("--against", metavar="RUN", help="one of the runs, or base: what the others are compared with")
+    parser.add_argument("--by", choices=["strict", "nll"],
+                        help="what to compare: strict accuracy, or NLL (lower is better; default where answers lack)")
     parser.add_argument("--test", type=int, help="test examples, 0 = all (default: as in the run)")
-    parser.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: as in the run)")
+    parser.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: as in the run), or 0")
     parser.add_argument("--batch-size", type=int, help="prompts at once (default: as in the run)")
     parser.add_argument("--data-dir", help="folder with <task>/<split>.jsonl (default: as in the run)")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
@@ -394,8 +455,15 @@ def main(argv=None):
             results.append(saved_result(run) if args.saved else fresh_result(run, args))
         except (OSError, ValueError) as error:
             left_out.append(f"eval.py: {run} is left out: {str(error).splitlines()[0]}")
+    lacking = lambda result, by: [name for name, rows in result.predictions.items() if by not in rows[0]]
+    by = args.by or ("nll" if any(result.main in lacking(result, "strict") for result in results) else "strict")
+    for result in results:
+        for name in lacking(result, by):  # if it is the base, the run can still be compared with others
+            del result.predictions[name]
+    left_out += [f"eval.py: {r.run} is left out: {LACKING[by]}" for r in results if r.main not in r.predictions]
+    results = [result for result in results if result.main in result.predictions]
     if len(results) > 1 or args.saved and results:
-        print(comparison(grouped(results, args.seeds), args.against))
+        print(comparison(grouped(results, args.seeds), args.against, by))
     if left_out:
         sys.exit("\n".join(left_out))
 

@@ -127,7 +127,8 @@ def parse_args(argv=None):
     group.add_argument("--save-every", type=int, default=100, help="steps between states to resume from")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run (same settings)")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
-    group.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: 256; arithmetic: 16)")
+    group.add_argument("--max-new-tokens", type=int,
+                       help="length limit of an answer (default: 256; arithmetic: 16); 0: no answers, NLL only")
     group.add_argument("--eval-batch-size", type=int, default=32, help="prompts answered at once")
     first_look = parser.parse_known_args(argv)[0]
     if first_look.model == "tiny":
@@ -145,10 +146,10 @@ def parse_args(argv=None):
 def check_settings(args):
     """Raises ValueError for a setting that cannot work, before anything is loaded."""
     for name in ("codes", "chunk", "rollouts", "batch_size", "accumulate", "epochs", "save_every", "eval_batch_size",
-                 "max_new_tokens", "max_length", "digits", "pauses", "lora_rank"):
+                 "max_length", "digits", "pauses", "lora_rank"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
-    for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale"):
+    for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale", "max_new_tokens"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
     if args.freeze and args.method not in ROUTED:
@@ -669,8 +670,9 @@ def finish(args, model, tokenizer, splits, texts, where, device):
         tokenizer.save_pretrained(folder)
     settings = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, batch_size=args.eval_batch_size)
     model.eval()
-    validation = response_nll(model, tokenizer, texts["validation"], None if args.method in ROUTED else "off",
-                              args.max_length, args.eval_batch_size)  # None without validation examples
+    rows, _, _ = data.encode(texts["validation"], tokenizer, args.max_length)
+    nll, tokens = response_nll(model, rows, None if args.method in ROUTED else "off", args.eval_batch_size)
+    validation = nll.sum() / tokens.sum() if rows else None  # None without validation examples
     metrics, predictions = evaluate(model, tokenizer, texts["test"], conditions_of(args.method), **settings)
     if args.freeze:  # the LM is the one it was
         base, base_predictions = {"base": metrics["off"]}, {"base": predictions["off"]}

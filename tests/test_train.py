@@ -457,14 +457,13 @@ def test_others_codes_rotate_each_position():
 def test_response_nll_counts_response_tokens_with_their_end(folder):
     model, tokenizer = little_model(folder)
     examples = data.arithmetic(5)
-    total = count = 0
-    for example in examples:
+    nll, tokens = evaluation.response_nll(model, data.encode(examples, tokenizer)[0], batch_size=2)
+    for example, found, count in zip(examples, nll, tokens, strict=True):
         prompt = tokenizer(example.prompt).input_ids
         response = tokenizer(example.response).input_ids + [tokenizer.eos_token_id]
         log_p = model(torch.tensor([prompt + response]))[0].log_softmax(-1)
-        total -= sum(log_p[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
-        count += len(response)
-    assert evaluation.response_nll(model, tokenizer, examples, batch_size=2) == pytest.approx(total / count, rel=1e-4)
+        total = -sum(log_p[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
+        assert found == pytest.approx(total, rel=1e-4) and count == len(response)
 
 
 def test_intervals():
