@@ -124,6 +124,8 @@ def parse_args(argv=None):
     group.add_argument("--out", help="folder of the run (default: runs/<model>-<data>-<method>-s<seed>)")
     group.add_argument("--benchmark", type=int, default=0, metavar="R", nargs="?", const=3,
                        help="train nothing: time steps of several kinds R times (default: 3), and generation")
+    group.add_argument("--look-every", type=int, metavar="STEPS",
+                       help="steps between closer looks at the search, for the log (default: a hundredth of the run)")
     group.add_argument("--save-every", type=int, default=100, help="steps between states to resume from")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run (same settings)")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
@@ -149,6 +151,8 @@ def check_settings(args):
                  "max_length", "digits", "pauses", "lora_rank"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    if args.look_every is not None and args.look_every < 1:
+        raise ValueError(f"--look-every is {args.look_every}; it must be at least 1.")
     for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale", "max_new_tokens"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
@@ -431,7 +435,7 @@ def train(args, model, rows, state, device):
     per_step = args.batch_size * args.accumulate * world
     per_epoch = math.ceil(len(rows) / per_step)
     steps = args.epochs * per_epoch
-    warmup = max(1, steps // 20)
+    warmup, look_every = max(1, steps // 20), args.look_every or max(1, steps // 100)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1))
     first = load_state(state, spread, optimizer, schedule) if state else 0
     log_path = Path(args.out, "log.jsonl") if rank == 0 else Path(os.devnull)
@@ -447,7 +451,7 @@ def train(args, model, rows, state, device):
                 epoch, place = divmod(step, per_epoch)
                 order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
                 chosen = order[place * per_step : (place + 1) * per_step]
-                look = step % max(1, steps // 100) == 0 or step + 1 == steps
+                look = step % look_every == 0 or step + 1 == steps
                 line = train_step(args, spread, optimizer, schedule, rows, chosen, step, look, interrupted, device)
                 stop = line.pop("interrupted")
                 log.write(json.dumps({"step": step, "epoch": epoch, **line}) + "\n")
