@@ -1,7 +1,7 @@
 """What Dynamic Latent Routing is compared with, the tiny LM that it is compared on, and what speed is measured against.
 
-    sft             supervised fine-tuning: the loss of the unsteered LM, no codes. The other methods change the model or
-                    the texts, and then they are SFT as well (train.py):
+    sft             supervised fine-tuning: the loss of the unsteered LM, no codes. The other methods change the model
+                    or the texts, and then they are SFT as well (train.py):
     pause           n learned <pause> tokens follow every prompt, in training as at inference. They give the model more
                     positions to compute in before it answers; nothing is predicted at them, so no loss counts them.
                     S. Goyal et al., "Think before you speak: Training Language Models With Pause Tokens", ICLR 2024.
@@ -124,7 +124,7 @@ def naive_dlr_loss(model, input_ids, mask, response, rollouts):
 
 
 def flops_per_token(model):
-    """Forward operations a token, two for each weight: (of all blocks, of the head, share of blocks above injection)."""
+    """Forward operations a token, two a weight -> (of all blocks, of the head, share of blocks above the injection)."""
     config, blocks = model.lm.config.get_text_config(), model.lm.get_submodule(find_blocks(model.lm))
     return (2 * sum(p.numel() for p in blocks.parameters()), 2 * config.vocab_size * config.hidden_size,
             1 - (model.layer + 1) / len(blocks))

@@ -421,7 +421,8 @@ class DLRModel(nn.Module):
         `SearchResult` for `rloo_term`, or None) each. `over_ranks` sums a tensor over all processes: (4d) is then that
         of all, with the gradient of this one's part, and (4c) this one's part of the sum."""
         policy, sums = self.bigram.new_zeros(()), [bigrams(logits, real) for logits, real, _ in parts]
-        chunks = [(real & (taught[:, : real.shape[1]] >= 0)).sum() for _, real, taught in parts if torch.is_tensor(taught)]
+        imitated = [(real, taught) for _, real, taught in parts if torch.is_tensor(taught)]
+        chunks = [(real & (codes[:, : real.shape[1]] >= 0)).sum() for real, codes in imitated]
         chunks, pairs = over_ranks(torch.stack([sum(chunks, policy), sum(pairs for _, pairs in sums) + policy]))
         for logits, real, taught in parts:
             if isinstance(taught, SearchResult):

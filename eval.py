@@ -115,9 +115,22 @@ def table_intervention(table):
 
 
 def batches(lengths, batch_size):
-    """Indices of examples in batches of like length (little padding), the longest first (memory is known at once)."""
+    """Indices of examples in batches of like length (little padding), the longest first (memory is known at once).
+
+    Of several processes each gets its share of the batches; `gathered` brings together what comes of them."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rank, world = processes()
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
+
+
+def gathered(results):
+    """Results by index, of this process's examples -> the list of all, in order: processes bring theirs together."""
+    world = processes()[1]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, results)
+        results = {i: result for part in parts for i, result in part.items()}
+    return [results[i] for i in sorted(results)]
 
 
 def encode_to_answer(model, tokenizer, examples, max_new_tokens):
@@ -140,8 +153,9 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
     example (prompt, answer, ids, text, strict, flexible, cut_off); codes (N, M) steered it, -1 after its end."""
     device = model.codebook.device
     prompts, max_new_tokens = encode_to_answer(model, tokenizer, examples, max_new_tokens)
-    predictions, rows = [None] * len(examples), [None] * len(examples)
-    for batch in tqdm(batches(list(map(len, prompts)), batch_size), f"answering {label}", leave=False):
+    found = {}
+    for batch in tqdm(batches(list(map(len, prompts)), batch_size), f"answering {label}", leave=False,
+                      disable=processes()[0] > 0):
         input_ids, mask = data.collate_prompts([prompts[i] for i in batch], device=device)
         use = table_intervention(intervention[batch].to(device)) if torch.is_tensor(intervention) else intervention
         with model.intervene(use):
@@ -154,9 +168,10 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
             ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
             text = tokenizer.decode(ids, skip_special_tokens=True)
             strict, flexible = data.score(text, examples[i].answer)
-            predictions[i] = {"prompt": examples[i].prompt, "answer": examples[i].answer, "ids": ids, "text": text,
-                              "strict": strict, "flexible": flexible, "cut_off": not ended}
-            rows[i] = codes[: -(-(len(prompts[i]) + len(ids)) // model.chunk_size)]
+            prediction = {"prompt": examples[i].prompt, "answer": examples[i].answer, "ids": ids, "text": text,
+                          "strict": strict, "flexible": flexible, "cut_off": not ended}
+            found[i] = prediction, codes[: -(-(len(prompts[i]) + len(ids)) // model.chunk_size)].clone()
+    predictions, rows = map(list, zip(*gathered(found)))
     return predictions, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
@@ -173,12 +188,12 @@ def router_codes(model, rows, batch_size):
 
     Nothing is predicted from a row's last token, so a chunk that begins there is none."""
     chunks = [-(-(len(ids) - 1) // model.chunk_size) for ids, _ in rows]
-    codes = torch.full((len(rows), max(chunks, default=0)), -1)
+    found = {}
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
         input_ids, mask, _ = data.collate([rows[i] for i in batch], device=model.codebook.device)
         for i, chosen in zip(batch, model.route(input_ids, mask).argmax(-1).cpu()):
-            codes[i, : chunks[i]] = chosen[: chunks[i]]
-    return codes
+            found[i] = chosen[: chunks[i]].clone()
+    return torch.nn.utils.rnn.pad_sequence(gathered(found), batch_first=True, padding_value=-1)
 
 
 @torch.no_grad()
@@ -186,16 +201,16 @@ def response_nll(model, rows, intervention=None, batch_size=16):
     """Summed NLL in nats, and number, of the response tokens of each row -> (nll (n,), tokens (n,)), NumPy arrays.
 
     `intervention` as in `answer`; a table (n, M) belongs to the reference texts."""
-    nll, tokens = np.zeros(len(rows)), np.zeros(len(rows))
+    found = {}
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
         input_ids, mask, response = data.collate([rows[i] for i in batch], device=model.codebook.device)
         use = intervention
         if torch.is_tensor(use):
             use = table_intervention(use[batch].to(input_ids.device))
         with model.intervene(use):
-            nll[batch] = -model.log_likelihood(input_ids, response, attention_mask=mask).cpu().numpy()
-        tokens[batch] = response[:, 1:].sum(1).cpu().numpy()
-    return nll, tokens
+            nll = -model.log_likelihood(input_ids, response, attention_mask=mask)
+        found.update(zip(batch, zip(nll.tolist(), response[:, 1:].sum(1).tolist())))
+    return np.array(gathered(found), dtype=float).reshape(-1, 2).T
 
 
 def evaluate(model, tokenizer, examples, conditions, seed=0, max_length=512, max_new_tokens=256, batch_size=16):
@@ -207,7 +222,7 @@ def evaluate(model, tokenizer, examples, conditions, seed=0, max_length=512, max
     kept, rows = reference_rows(examples, tokenizer, max_length)
     metrics, predictions, codes = {}, {}, None
     for condition in conditions:
-        other = others_codes(router_codes(model, rows, batch_size)) if condition == "other" else None
+        other = others_codes(router_codes(model, rows, batch_size)) if condition == "other" and rows else None
         use = {"steered": None, "random": "random", "other": other}.get(condition, "off")
         torch.manual_seed(seed)  # for "random"
         nll, tokens = response_nll(model, rows, use, batch_size)

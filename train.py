@@ -33,7 +33,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import transformers
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -169,7 +170,8 @@ def check_settings(args):
     if args.width < 4 or args.width % 4:
         raise ValueError(f"--width is {args.width}; it must be a multiple of 4, for the tiny LM has four heads.")
     if args.model == "tiny" and args.val + args.test > baselines.TINY_HELD_OUT:
-        raise ValueError(f"--val and --test are at most {baselines.TINY_HELD_OUT} together: the tiny LM knows the other sums.")
+        raise ValueError(f"--val and --test are at most {baselines.TINY_HELD_OUT} together: the tiny LM knows the "
+                         f"other sums.")
 
 
 def find_model(args):
@@ -234,7 +236,7 @@ class Step(nn.Module):
         self.args, self.model = args, model
 
     def forward(self, batch, tokens, parts, last, look, noise):
-        """One micro-batch: (search, select and) its part of the loss -> (the part, parts of what to log {name: tensor}).
+        """One micro-batch: (search, select and) its part of the loss -> (the part, what to log of it {name: tensor}).
 
         `tokens`: the response tokens of the whole step; `noise`: what the search draws with, or None. What the router's
         terms need is collected in `parts`, and with the `last` micro-batch they are added, for all."""
@@ -459,8 +461,8 @@ def train(args, model, rows, state, device):
                 bar.update()
                 if step >= warmup and not warned and selects_by_rounding(args, line):
                     warned = True
-                    bar.write(f"Warning, step {step}: the rollouts' log-likelihoods lie {line['spread']:.2g} nats apart "
-                              f"and scoring them again moves them by {line['noise']:.2g}, so winners are drawn by "
+                    bar.write(f"Warning, step {step}: the rollouts' log-likelihoods lie {line['spread']:.2g} nats "
+                              f"apart, and scoring them again moves them by {line['noise']:.2g}: winners are drawn by "
                               f"rounding. Raise --scale or --code-lr, or use --search-dtype float32.")
                 if stop or step + 1 == steps or (step + 1) % args.save_every == 0:
                     save_state(args, step + 1, spread, optimizer, schedule)

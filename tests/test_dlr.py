@@ -819,7 +819,7 @@ class NoDouble(TorchDispatchMode):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_no_tensor_is_made_on_another_device_than_the_models(family, side):
-    """Whatever is created without saying where lands on `meta` here, and meets no tensor of the CPU without an error."""
+    """Whatever is made without saying where lands on `meta` here, and meets no tensor of the CPU without an error."""
     model = build(family)
     ids, mask = pad(texts(), side)
     response = mask.bool() & (torch.arange(ids.shape[1]) >= 5)
@@ -833,7 +833,7 @@ def test_no_tensor_is_made_on_another_device_than_the_models(family, side):
         model.exact_search(ids, response, trunk=trunk)
         model.loss(ids, response, found.codes, trunk=trunk).total.backward()
         model.loss(ids, response, found.codes, attention_mask=mask, reinforce=found).total.backward()
-        if side == "left" and family != "gemma3":  # transformers' own sliding cache starts its count on the default device
+        if side == "left" and family != "gemma3":  # transformers' sliding cache counts on the default device
             with model.intervene("random"):
                 model.generate(ids, mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
         model(ids, mask)
