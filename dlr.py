@@ -22,8 +22,9 @@ Where the paper leaves room, this file chooses:
      run once for the router, for all N rollouts and for both terms of (4); only the blocks above run once per rollout.
 
 Beyond the paper, and off unless asked for: the router can learn from all rollouts (`rloo_term`), or without a search,
-through a mixture of codes (weights for codes); searches can run left to right (`beam_search`, `exact_search`); alpha
-can count in units of h, and the router read a normalised h (`calibrate`, `router_norm`).
+through a mixture of codes (weights for codes); searches can run left to right (`beam_search`, `exact_search`), or spare
+the prompt (`response_only`); alpha can count in units of h, and the router read a normalised h (`calibrate`,
+`router_norm`).
 
 Needs torch and transformers >= 5 alone: copy this file where you like.
 
@@ -37,6 +38,7 @@ import inspect
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from heapq import heappop, heappush
 from pathlib import Path
 
@@ -54,13 +56,14 @@ SEARCH_ROWS = 128  # prefixes that beam_search and exact_search extend at once, 
 @dataclass
 class SearchResult(ModelOutput):
     """What a search found: `codes` (B, M) of the winner, `log_likelihood` (B, R) of every rollout in nats,
-    `rollouts` (B, R, M) the code sequences tried, `logits` (B, M, C) of the router that drew them. `exact_search` adds
-    `expanded` (B,), how many prefixes it extended."""
+    `rollouts` (B, R, M) the code sequences tried, `logits` (B, M, C) of the router that drew them, `searched` (B, M)
+    whose codes there was a choice of. `exact_search` adds `expanded` (B,), how many prefixes it extended."""
 
     codes: torch.Tensor | None = None
     log_likelihood: torch.Tensor | None = None
     rollouts: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    searched: torch.Tensor | None = None
     expanded: torch.Tensor | None = None
 
 
@@ -240,24 +243,53 @@ class DLRModel(nn.Module):
 
     @torch.no_grad()
     def search(self, input_ids, response_mask, rollouts=8, temperature=1.0, attention_mask=None, trunk=None,
-               generator=None, dtype=torch.float32, noise=None):
+               generator=None, dtype=torch.float32, response_only=False, rollout_batch=None, noise=None):
         """(3): draw `rollouts` code sequences for each text, score them -> `SearchResult`.
 
         `rollouts`: how many, or the sequences themselves (B, R, M), which are then scored as they are. `temperature`:
-        tau, one number or one for each rollout; 0 draws the argmax. `noise` (B, R, M, C): Gumbel noise to draw with,
-        in place of fresh one. `dtype` is the precision of the scores: rollouts
-        differ by hundredths of a nat at first, less than what bfloat16 rounds away, so float32 holds even inside
-        autocast. Dropout is off. Raises ValueError for less than one rollout, or a negative temperature."""
-        with _eval_mode(self.lm):
-            trunk = trunk or self.trunk(input_ids, attention_mask)
-            logits = self._route(trunk)  # (B, M, C)
-            drawn = rollouts if torch.is_tensor(rollouts) else self._draw(logits, rollouts, temperature, generator, noise)
-            drawn = drawn.masked_fill(~trunk.real[:, None], -1)  # (B, R, M)
-            low = None if dtype == torch.float32 else dtype
-            with torch.autocast(input_ids.device.type, dtype=low, enabled=low is not None):
-                scores = self.log_likelihood(input_ids, response_mask, drawn, trunk=trunk)  # (B, R)
+        tau, one number or one for each rollout; 0 draws the argmax. `noise` (B, R, M, C): Gumbel noise to draw with, in
+        place of fresh one. `dtype` is the precision of the scores: rollouts differ by hundredths of a nat at first,
+        less than what bfloat16 rounds away, so float32 holds even inside autocast. Dropout is off. `rollout_batch`: how many rollouts of each text are scored at once (None = all).
+        `response_only`: chunks before the first response token take the argmax in all rollouts, also in given ones, so
+        that the blocks above run over them only once; the other chunks draw what they would draw without it.
+        Raises ValueError for less than one rollout, or a negative temperature; with `response_only`, for an LM with
+        recurrent blocks."""
+        if rollout_batch is not None and rollout_batch < 1:
+            raise ValueError(f"rollout_batch is {rollout_batch}; it must be at least 1, or None for all at once.")
+        with self._searching(input_ids, attention_mask, trunk, dtype, resume=response_only) as (trunk, logits):
+            drawn = rollouts
+            if not torch.is_tensor(rollouts):
+                drawn = self._draw(logits, rollouts, temperature, generator, noise)
+            drawn, searched = drawn.masked_fill(~trunk.real[:, None], -1), trunk.real  # (B, R, M), (B, M)
+            score = partial(self.log_likelihood, input_ids, response_mask, trunk=trunk)
+            if response_only:
+                chunks = torch.arange(logits.shape[1], device=logits.device)
+                response = response_mask.bool() & (trunk.chunk >= 0)
+                first = trunk.chunk.masked_fill(~response, len(chunks)).amin(1).minimum(trunk.real.sum(1))  # (B,)
+                searched = trunk.real & (chunks >= first[:, None])
+                drawn = torch.where(searched[:, None], drawn, self._argmax(trunk)[:, None])
+                if searched.any() and (first > 0).any():  # otherwise there is no response, or no prompt
+                    score = self._after_prompts(trunk, response_mask, first, drawn[:, 0])
+            scores = torch.cat([score(part) for part in drawn.split(rollout_batch or drawn.shape[1], 1)], 1)  # (B, R)
         winner = scores.argmax(1)[:, None, None].expand(-1, 1, drawn.shape[-1])
-        return SearchResult(drawn.gather(1, winner)[:, 0], scores, drawn, logits)
+        return SearchResult(drawn.gather(1, winner)[:, 0], scores, drawn, logits, searched)
+
+    def _after_prompts(self, trunk, response_mask, first, codes):
+        """Run the chunks before `first` (B,) under `codes` (B, M) through the blocks above, once -> a function that
+        scores sequences (B, R, M) which begin like these: `log_likelihood`, but it runs the other chunks only."""
+        aligned = _Aligned(trunk, response_mask, first * self.chunk_size)
+        text, cache, border = torch.arange(len(codes), device=codes.device), DynamicCache(), aligned.border
+        output = self._resume(aligned, text, codes, cache, border)
+        # a response that begins with a chunk is predicted from the prompt: all rollouts share that token's score
+        shared = self._score(output, aligned.targets[:, :border], aligned.counted[:, :border])  # (B,)
+
+        def score(codes):
+            rows = text.repeat_interleave(codes.shape[1])
+            output = self._resume(aligned, rows, codes.flatten(0, 1), _forked(cache, rows))
+            own = self._score(output, aligned.targets[rows, border:], aligned.counted[rows, border:])
+            return shared[:, None] + own.view(codes.shape[:2])
+
+        return score
 
     @torch.no_grad()
     def beam_search(self, input_ids, response_mask, width=8, attention_mask=None, trunk=None, dtype=torch.float32):
@@ -270,8 +302,8 @@ class DLRModel(nn.Module):
         LM with recurrent blocks."""
         if width < 1:
             raise ValueError(f"width is {width}, but a beam keeps at least 1 prefix.")
-        with self._left_to_right(input_ids, response_mask, attention_mask, trunk, dtype) as (aligned, real, logits):
-            batch, chunks, every = logits.shape
+        with self._searching(input_ids, attention_mask, trunk, dtype, resume=True) as (trunk, logits):
+            aligned, real, (batch, chunks, every) = _Aligned(trunk, response_mask), trunk.real, logits.shape
             text, cache = torch.arange(batch, device=logits.device), DynamicCache()
             codes = text.new_empty(batch, 1, 0)  # (B, W, m) the prefixes kept
             scores = ties = logits.new_zeros(batch, 1)  # (B, W) log p of each, and the router's log p of its codes
@@ -289,7 +321,7 @@ class DLRModel(nn.Module):
                 cache.reorder_cache((text[:, None] * kept + parents).flatten())
         none = scores == -torch.inf  # (B, R)
         codes = torch.where(none[..., None], codes[:, :1], codes)
-        return SearchResult(codes[:, 0], torch.where(none, scores[:, :1], scores), codes, logits)
+        return SearchResult(codes[:, 0], torch.where(none, scores[:, :1], scores), codes, logits, real)
 
     @torch.no_grad()
     def exact_search(self, input_ids, response_mask, attention_mask=None, trunk=None, most=100_000,
@@ -301,13 +333,14 @@ class DLRModel(nn.Module):
         are no duplicates to prune: what follows depends on every code before, so each prefix is a state of its own.
         Prefixes that end in the prompt all tie at 0 and are all extended: a long prompt is out of reach.
         Raises ValueError where a text needs more than `most` extensions, and for an LM with recurrent blocks."""
-        with self._left_to_right(input_ids, response_mask, attention_mask, trunk, dtype) as (aligned, real, logits):
+        with self._searching(input_ids, attention_mask, trunk, dtype, resume=True) as (trunk, logits):
+            aligned, real = _Aligned(trunk, response_mask), trunk.real
             log_p, lengths = logits.log_softmax(-1), real.sum(1).tolist()
             found = [self._best_first(aligned, b, log_p[b, :chunks].tolist(), most) for b, chunks in enumerate(lengths)]
         costs, codes, expanded = zip(*found)
         codes = [prefix + [-1] * (real.shape[1] - len(prefix)) for prefix in codes]
         codes, expanded = (torch.tensor(rows, device=logits.device) for rows in (codes, expanded))
-        return SearchResult(codes, -logits.new_tensor(costs)[:, None], codes[:, None], logits, expanded)
+        return SearchResult(codes, -logits.new_tensor(costs)[:, None], codes[:, None], logits, real, expanded)
 
     def _best_first(self, aligned, b, log_p, most):
         """Text b, the router's log p (M, C) of its codes -> -log p of the optimum, its codes, prefixes expanded."""
@@ -326,17 +359,18 @@ class DLRModel(nn.Module):
         return queue[0][0], queue[0][2], expanded
 
     @contextmanager
-    def _left_to_right(self, input_ids, response_mask, attention_mask, trunk, dtype):
-        """Dropout off, precision `dtype`: yields the texts, which of their chunks are real (B, M), and the logits."""
-        if any(hasattr(layer, "update_recurrent_state") for layer in DynamicCache(config=self.lm.config).layers):
-            raise ValueError(f"{type(self.lm).__name__} has recurrent blocks, which beam_search and exact_search "
-                             f"cannot resume in the middle of a text: use search.")
+    def _searching(self, input_ids, attention_mask, trunk, dtype, resume):
+        """Dropout off, precision `dtype`: yields the trunk and the router's logits. `resume`: from keys and values."""
+        layers = DynamicCache(config=self.lm.config).layers
+        if resume and any(hasattr(layer, "update_recurrent_state") for layer in layers):
+            raise ValueError(f"{type(self.lm).__name__} has recurrent blocks, which beam_search, exact_search and "
+                             f"response_only cannot resume in the middle of a text: use plain search.")
         with _eval_mode(self.lm):
             trunk = trunk or self.trunk(input_ids, attention_mask)
             logits = self._route(trunk)
             low = None if dtype == torch.float32 else dtype
             with torch.autocast(input_ids.device.type, dtype=low, enabled=low is not None):
-                yield _Aligned(trunk, response_mask), trunk.real, logits
+                yield trunk, logits
 
     def _rewards(self, aligned, text, codes, cache):
         """log p of what counts and is predicted from chunk m, after the prefixes `codes` (n, m), by code -> (n, C).
@@ -347,21 +381,23 @@ class DLRModel(nn.Module):
         rewards = torch.zeros(len(text) * self.num_codes, device=codes.device)
         rows = counted.any(1)[text].repeat_interleave(self.num_codes).nonzero()[:, 0]  # in a prompt there are none
         if len(rows) and cache.get_seq_length() < chunk.start:
-            self._resume(aligned, text, codes, cache)
+            self._resume(aligned, text, codes, cache, chunk.start)
         for part in rows.split(SEARCH_ROWS) if len(rows) else ():
             parents, code = part // self.num_codes, part % self.num_codes
             extended = torch.cat([codes[parents], code[:, None]], 1)  # (rows, m + 1)
-            output = self._resume(aligned, text[parents], extended, _forked(cache, parents))
+            output = self._resume(aligned, text[parents], extended, _forked(cache, parents), chunk.stop)
             rewards[part] = self._score(output, targets[text[parents]], counted[text[parents]])
         return rewards.view(-1, self.num_codes)
 
-    def _resume(self, aligned, text, codes, cache):
-        """Run the chunks of `codes` (n, m) that `cache` does not hold yet through the blocks above -> their output."""
-        start = cache.get_seq_length()
-        new = slice(start, codes.shape[1] * self.chunk_size)
+    def _resume(self, aligned, text, codes, cache, stop=None):
+        """Run the columns up to `stop` that `cache` does not hold yet through the blocks above, steered by `codes`
+        (n, m) -> their output."""
+        new = slice(cache.get_seq_length(), stop)
         hidden = aligned.hidden[text, new]  # (n, q, H)
-        token_codes = self._intervened(codes).repeat_interleave(self.chunk_size, 1)[:, start : start + hidden.shape[1]]
+        position = aligned.position[text, :stop]
+        token_codes = self._intervened(codes).gather(1, position[:, new].clamp(min=0) // self.chunk_size)
         steered = hidden + self._vectors(token_codes, hidden.dtype)
+        padding = self._padding((position >= 0).long(), position[:, new]) if aligned.padded else {}
 
         def inject(*args, **kwargs):
             # An LM takes positions and mask sizes from block 0's keys, and that block does not run: dummies tell.
@@ -371,17 +407,16 @@ class DLRModel(nn.Module):
 
         below = {str(i): _identity for i in range(self.layer)}
         with _standing_in(self._blocks, {**below, str(self.layer): inject}):
-            return self._backbone(input_ids=aligned.ids[text, new], past_key_values=cache, use_cache=True)
+            return self._backbone(input_ids=aligned.ids[text, new], past_key_values=cache, use_cache=True, **padding)
 
     def _score(self, output, targets, counted):
         """log p of the targets (n, q) that count, predicted from the states of `output` -> (n,), in nats."""
         states = output.last_hidden_state[:, : counted.shape[1]][counted]  # (tokens that count, H)
-        slices = zip(states.split(HEAD_ROWS), targets[counted].split(HEAD_ROWS))
+        # Even slices: a product of one to three rows is rounded in another way, and a remainder may be as short.
+        parts = max(1, -(-len(states) // HEAD_ROWS))
+        slices = zip(states.tensor_split(parts), targets[counted].tensor_split(parts))
         log_p = [-F.cross_entropy(self._head(rows, output).float(), y, reduction="none") for rows, y in slices]
-        per_token = torch.zeros(counted.shape, device=states.device)
-        if log_p:
-            per_token = per_token.masked_scatter(counted, torch.cat(log_p))
-        return per_token.sum(-1)
+        return torch.zeros(counted.shape, device=states.device).masked_scatter(counted, torch.cat(log_p)).sum(-1)
 
     def loss(self, input_ids, response_mask, codes, attention_mask=None, trunk=None, alpha_policy=0.5, alpha_reg=0.1,
              steer=None, generalist=True, reinforce=None):
@@ -512,17 +547,17 @@ class DLRModel(nn.Module):
         position = torch.arange(length, device=input_ids.device) - start[:, None]  # (B, T), < 0 before the text
         outside = (position < 0) | (position >= lengths[:, None])
         begins = torch.arange(-(-longest // self.chunk_size), device=input_ids.device) * self.chunk_size  # (M,)
-        padding = {}  # a causal LM never looks at padding on its right: without a mask it runs the faster attention
-        if left_padded:
-            padding["attention_mask"] = mask
-            if "position_ids" in inspect.signature(self._backbone.forward).parameters:  # ALiBi models take none
-                padding["position_ids"] = position.clamp(min=0)
-        return {
-            "padding": padding,
+        return {  # a causal LM never looks at padding on its right: without a mask it runs the faster attention
+            "padding": self._padding(mask, position) if left_padded else {},
             "chunk": (position // self.chunk_size).masked_fill(outside, -1),
             "first": (start[:, None] + begins).clamp(max=length - 1),
             "real": begins < lengths[:, None],
         }
+
+    def _padding(self, mask, position):
+        """What the LM has to be told of padding on the left: mask (n, S) of all tokens, position ids (n, q) of new."""
+        takes = "position_ids" in inspect.signature(self._backbone.forward).parameters  # ALiBi models do not
+        return {"attention_mask": mask, **({"position_ids": position.clamp(min=0)} if takes else {})}
 
     def _route(self, trunk):
         width = trunk.hidden.shape[-1]
@@ -676,15 +711,22 @@ def _counted(trunk, response_mask):
 
 
 class _Aligned:
-    """The texts of a batch from column 0 on: chunk m has the same columns in each, and no padding comes before it."""
+    """The texts of a batch moved to begin in column 0 or, where the sizes (B,) of their `heads` are given, so that all
+    heads end before column `border`: `padded` tells whether that takes padding on the left."""
 
-    def __init__(self, trunk, response_mask):
-        longest, last = (trunk.chunk >= 0).sum(1).max(), trunk.chunk.shape[1] - 1
-        columns = (trunk.first[:, :1] + torch.arange(longest, device=trunk.first.device)).clamp(max=last)  # (B, L)
-        self.ids = trunk.input_ids.gather(1, columns)  # (B, L), after a short text anything
+    def __init__(self, trunk, response_mask, heads=None):
+        lengths, last = (trunk.chunk >= 0).sum(1), trunk.chunk.shape[1] - 1
+        heads = torch.zeros_like(lengths) if heads is None else heads
+        pads = heads.max() - heads  # (B,)
+        sizes = torch.stack([heads.max(), pads.max(), (pads + lengths).max()]).tolist()  # one wait for the device
+        self.border, self.padded, width = sizes[0], sizes[1] > 0, sizes[2]
+        position = torch.arange(width, device=pads.device) - pads[:, None]
+        self.position = position.minimum(lengths[:, None] - 1)  # (B, L) < 0 before the text, at its last token after
+        columns = trunk.first[:, :1] + self.position.clamp(min=0)
+        self.ids = trunk.input_ids.gather(1, columns)  # (B, L)
         self.hidden = trunk.hidden.gather(1, columns[..., None].expand(-1, -1, trunk.hidden.shape[-1]))  # (B, L, H)
         self.targets = trunk.input_ids.gather(1, (columns + 1).clamp(max=last))  # (B, L) the token after each
-        self.counted = F.pad(_counted(trunk, response_mask), (0, 1)).gather(1, columns)  # (B, L) whether that counts
+        self.counted = F.pad(_counted(trunk, response_mask), (0, 1)).gather(1, columns) & (self.position >= 0)  # (B, L)
 
 
 def _forked(cache, rows):

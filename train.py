@@ -93,9 +93,11 @@ def parse_args(argv=None):
     group.add_argument("--nines", type=float, default=0.5, help="arithmetic: share of columns made to carry on")
     group.add_argument("--width", type=int, default=96, help="arithmetic: hidden size of the tiny LM")
     group = parser.add_argument_group("search and loss")
-    group.add_argument("--search", default="rollouts", choices=["rollouts", "beam", "exact"],
-                       help="beam: left to right, N wide; exact: the best of all C^M sequences, for a few codes only")
+    group.add_argument("--search", default="rollouts", choices=["rollouts", "response", "beam", "exact"],
+                       help="response: rollouts of response chunks only; the prompt takes the argmax, computed once; "
+                            "beam: left to right, N wide; exact: the best of all C^M sequences, for a few codes only")
     group.add_argument("--rollouts", type=int, default=8, metavar="N", help="code sequences drawn; 1 = no search")
+    group.add_argument("--rollout-batch", type=int, default=0, metavar="R", help="rollouts scored at once, 0 = all")
     group.add_argument("--temperature", type=float, default=1.0, metavar="TAU", help="of the draws; 0 = argmax")
     group.add_argument("--alpha-policy", type=float, default=0.5, help="weight of the router's imitation term")
     group.add_argument("--alpha-reg", type=float, default=0.1, help="weight of the bigram prior")
@@ -154,13 +156,14 @@ def check_settings(args):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
     if args.look_every is not None and args.look_every < 1:
         raise ValueError(f"--look-every is {args.look_every}; it must be at least 1.")
-    for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale", "max_new_tokens"):
+    for name in ("rollout_batch", "temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale",
+                 "max_new_tokens"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
     if args.freeze and args.method not in ROUTED:
         raise ValueError(f"--freeze is for --method {' and '.join(ROUTED)}: {args.method} would have nothing to train "
                          f"(lora freezes by itself).")
-    if args.search != "rollouts" and (args.policy == "rloo" or args.update_on == "sample"):
+    if args.search in ("beam", "exact") and (args.policy == "rloo" or args.update_on == "sample"):
         raise ValueError(f"--policy rloo and --update-on sample want draws; --search {args.search} makes none.")
     if args.shard and args.method not in (*ROUTED, "sft"):
         raise ValueError(f"--shard is for --method {', '.join(ROUTED)} and sft, not for {args.method}.")
@@ -255,7 +258,9 @@ class Step(nn.Module):
             found = search(args, model, input_ids, response, trunk, noise)
             steer = {"best": found.codes, "sample": found.rollouts[:, 0], "argmax": found.logits.argmax(-1)}
             steer = steer[args.update_on].masked_fill(~trunk.real, -1)
-            taught = found if args.policy == "rloo" else found.codes
+            taught = found  # or the winner, but where the router alone chose
+            if args.policy == "imitate":
+                taught = found.codes.masked_fill(~found.searched, -1)
             used = torch.zeros(args.codes + 1, device=input_ids.device).index_fill(0, found.codes.flatten() + 1, 1.0)
             values = {**search_nll(found, response), "codes_used": used[1:].mean(),
                       "spread": found.log_likelihood.std(1, correction=int(found.log_likelihood.shape[1] > 1)).mean()}
@@ -280,7 +285,8 @@ def search(args, model, input_ids, response, trunk, noise=None):
     if args.search == "exact":
         return model.exact_search(input_ids, response, **settings)
     rollouts = args.rollouts if args.codes > 1 else 1  # one code leaves nothing to search
-    return model.search(input_ids, response, rollouts, args.temperature, noise=noise, **settings)
+    return model.search(input_ids, response, rollouts, args.temperature, response_only=args.search == "response",
+                        rollout_batch=args.rollout_batch or None, noise=noise, **settings)
 
 
 def search_nll(found, response):
@@ -296,14 +302,14 @@ def look_closer(args, model, input_ids, response, trunk, found):
 
     What the text costs under the router's argmax and without codes: best_nll is what a search finds that sees the
     answer, argmax_nll what is left of it without. And is the selection more than rounding (same_winner, noise)?"""
-    tokens, values = response[:, 1:].sum(), {}
+    tokens, values, settings = response[:, 1:].sum(), {}, dict(trunk=trunk, rollout_batch=args.rollout_batch or None)
     if found is None:  # the draws must not change those of the next step
         aside = torch.Generator(input_ids.device).manual_seed(args.seed)
-        found = model.search(input_ids, response, args.rollouts, trunk=trunk, generator=aside)
+        found = model.search(input_ids, response, args.rollouts, generator=aside, **settings)
         values = search_nll(found, response)
     argmax = found.logits.argmax(-1)[:, None]  # (B, 1, M)
     again = torch.cat([found.rollouts.flip(1), argmax, torch.full_like(argmax, -1)], 1)
-    *scores, chosen, off = model.search(input_ids, response, again, trunk=trunk).log_likelihood.unbind(1)
+    *scores, chosen, off = model.search(input_ids, response, again, **settings).log_likelihood.unbind(1)
     scores = torch.stack(scores, 1).flip(1)  # (B, N), in float32, and in another order
     p = found.logits.softmax(-1)
     entropy = -(torch.xlogy(p, p).sum(-1) * trunk.real).sum() / trunk.real.sum()
@@ -705,7 +711,7 @@ def hindsight_gap(args):
     looks = looks[-max(1, len(looks) // 5):]
     off, mean, best, argmax = (sum(line[f"{name}_nll"] for line in looks) / len(looks)
                                for name in ("off", "mean", "best", "argmax"))
-    if args.codes == 1 or args.search == "rollouts" and args.rollouts == 1:
+    if args.codes == 1 or args.search in ("rollouts", "response") and args.rollouts == 1:
         found = "nothing was searched"
     elif off - best <= 1e-4:
         found = "the search finds nothing yet"

@@ -1,4 +1,5 @@
-"""beam_search and exact_search against brute force and against searches without a cache, one text at a time."""
+"""beam_search and exact_search against brute force and against searches without a cache, one text at a time; and
+search with shared prompts and in slices against the plain one."""
 from functools import cache
 from itertools import product
 from math import ceil
@@ -254,3 +255,123 @@ def test_recurrent_blocks_are_refused():
     for search in model.beam_search, model.exact_search:
         with pytest.raises(ValueError, match="recurrent"):
             search(ids, torch.ones_like(ids))
+    with pytest.raises(ValueError, match="recurrent"):
+        model.search(ids, torch.ones_like(ids), response_only=True)
+    assert model.search(ids, torch.ones_like(ids), rollouts=2).searched.all()
+
+
+# a response that begins inside a chunk, with a chunk (predicted from the prompt), with the text; and none at all
+PROMPTS = {11: 4, 5: 3, 7: 6, 9: 0, 10: 10}
+
+
+def prompted(side, prompts=PROMPTS):
+    """-> ids, response mask, attention mask of texts {length: tokens of its prompt}."""
+    ids, mask = pad(texts(lengths=list(prompts)), side, width=13)
+    return ids, mask.bool() & (mask.cumsum(1) > torch.tensor(list(prompts.values()))[:, None]), mask
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_shared_prompts_score_like_whole_texts(family, side, layer):
+    model = small(family, layer)
+    for prompts in PROMPTS, {11: 3, 9: 4, 10: 5}, {11: 0, 4: 1}, {6: 6, 9: 9}:  # any; heads alike; no head; no tail
+        ids, response, mask = prompted(side, prompts)
+        searched = torch.tensor([[first // K <= m < ceil(length / K) and first < length
+                                  for m in range(ceil(max(prompts) / K))] for length, first in prompts.items()])
+        torch.manual_seed(0)
+        found = model.search(ids, response, 5, 20.0, attention_mask=mask, response_only=True)
+        torch.manual_seed(0)
+        drawn = model.search(ids, response, 5, 20.0, attention_mask=mask).rollouts
+        assert torch.equal(found.searched, searched)
+        given = torch.where(searched[:, None], drawn, model.route(ids, mask).argmax(-1)[:, None])
+        assert torch.equal(found.rollouts, given.masked_fill(drawn < 0, -1))
+        expected = model.search(ids, response, found.rollouts, attention_mask=mask)
+        torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, atol=2e-5, rtol=1e-6)
+        assert found.codes.equal(found.rollouts[range(len(ids)), found.log_likelihood.argmax(1)])
+        again = model.search(ids, response, drawn, attention_mask=mask, response_only=True)
+        assert torch.equal(again.rollouts, found.rollouts) and torch.equal(again.log_likelihood, found.log_likelihood)
+        assert (found.log_likelihood[~searched.any(1)] == 0).all()
+        if searched.any():
+            assert (found.log_likelihood.amax(1) - found.log_likelihood.amin(1)).max() > 0.1  # the codes do something
+            with model.intervene(lambda codes: (codes + torch.arange(codes.shape[1])) % C):
+                moved = model.search(ids, response, drawn, attention_mask=mask, response_only=True).log_likelihood
+                expected = model.search(ids, response, found.rollouts, attention_mask=mask).log_likelihood
+            torch.testing.assert_close(moved, expected, atol=2e-5, rtol=1e-6)
+
+
+def test_other_searches_choose_every_real_code():
+    model = small("llama")
+    ids, response, mask = batch("left")
+    for found in (model.search(ids, response, 2, attention_mask=mask), model.beam_search(ids, response, 2, mask),
+                  model.exact_search(ids, response, mask)):
+        assert torch.equal(found.searched, found.codes >= 0)
+
+
+@pytest.mark.parametrize("prompts", [{13: 6, 11: 7, 12: 8}, {13: 9, 11: 7, 12: 4}])  # heads alike, and not
+def test_a_shared_prompt_runs_once(family, prompts):
+    model, tokens, told = small(family, layer=1), [], []
+    ids, response, mask = prompted("right", prompts)
+    model._blocks[3].register_forward_hook(lambda block, args, output: tokens.append(tuple(output.shape[:2])))
+    model._backbone.register_forward_pre_hook(lambda m, args, kwargs: told.append("attention_mask" in kwargs),
+                                              with_kwargs=True)
+    model.search(ids, response, 4, attention_mask=mask, rollout_batch=3, response_only=True)
+    heads = [first // K * K for first in prompts.values()]
+    tail = max(length - head for length, head in zip(prompts, heads))
+    assert tokens == [(3, max(heads)), (9, tail), (3, tail)]
+    assert told == [False] + 3 * [len(set(heads)) > 1]  # the trunk; then a mask only where the heads are padded
+
+
+def test_shared_prompts_reach_no_further_than_the_table_of_positions():
+    """Side by side, a long prompt and a long response take more columns than GPT-2 has positions."""
+    model = build("gpt2", num_codes=C, chunk_size=K)
+    ids = torch.stack(texts(lengths=[64, 64]))
+    response = torch.arange(64) >= torch.tensor([[60], [0]])
+    found = model.search(ids, response, 3, 20.0, response_only=True)
+    expected = model.search(ids, response, found.rollouts)
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, atol=1e-4, rtol=1e-6)
+
+
+def test_shared_prompts_keep_precision_dropout_and_mode():
+    model = small("llama").train()
+    ids, response, mask = prompted("left")
+    trunk = model.eval().trunk(ids, mask)
+    drawn = model.search(ids, response, 4, 20.0, trunk=trunk).rollouts
+    expected = model.search(ids, response, drawn, trunk=trunk, response_only=True).log_likelihood
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = model.train().search(ids, response, drawn, trunk=trunk, response_only=True).log_likelihood
+        rounded = model.search(ids, response, drawn, trunk=trunk, response_only=True, dtype=torch.bfloat16)
+    torch.testing.assert_close(kept, expected)
+    assert 1e-3 < (rounded.log_likelihood - expected).abs().max() < 1 and model.training
+
+
+@pytest.mark.parametrize("response_only", [False, True])
+def test_slices_of_rollouts_score_to_the_bit_like_all_at_once(family, side, response_only):
+    """Same draws, same winner, same scores: on one thread, where no matrix product has less than four rows."""
+    model = small(family)
+    ids, response, mask = prompted(side)
+    rows = []
+    model.lm.get_output_embeddings().register_forward_hook(lambda m, args, output: rows.append(args[0].shape[1]))
+
+    def found(**settings):
+        torch.manual_seed(0)
+        return model.search(ids, response, 8, 20.0, attention_mask=mask, response_only=response_only, **settings)
+
+    whole = found()
+    for size in (1, 2, 3, 7, 8, 100):
+        rows.clear()
+        part = found(rollout_batch=size)
+        counted = int(response[:, 1:].sum())
+        assert max(rows) <= size * counted
+        for name in ("codes", "rollouts", "log_likelihood", "logits", "searched"):
+            assert torch.equal(part[name], whole[name]), (name, size)
+    with pytest.raises(ValueError, match="rollout_batch"):
+        found(rollout_batch=0)
+
+
+def test_no_slice_of_the_head_is_a_short_remainder(monkeypatch):
+    monkeypatch.setattr(dlr, "HEAD_ROWS", 20)
+    model, rows = small("llama"), []
+    model.lm.lm_head.register_forward_hook(lambda m, args, output: rows.append(args[0].shape[1]))
+    ids = texts(lengths=[8])[0][None]
+    for rollouts in (1, 3, 6):  # 21 and 42 rows: not 20 + 1 and 20 + 20 + 2
+        model.search(ids, torch.ones_like(ids), rollouts)
+    assert rows == [7, 11, 10, 14, 14, 14]

@@ -115,7 +115,8 @@ def test_the_ablations_teach_what_they_say(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [["--recipe", "ours"], ["--method", "soft"], ["--update-on", "sample"],
-                                   ["--search", "beam"]])
+                                   ["--search", "beam"], ["--search", "response", "--rollout-batch", "2"],
+                                   ["--search", "response", "--recipe", "ours", "--update-on", "sample"]])
 def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags):
     """The log tells how far router and search are apart; a reloaded run answers alike, whatever its units and norms."""
     monkeypatch.chdir(tmp_path)
@@ -131,12 +132,35 @@ def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags
         assert f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds" in printed
     config = json.loads(Path("run", "config.json").read_text())
     if "--recipe" in flags:
-        assert (config["policy"], config["update_on"], config["scale_units"]) == ("rloo", "argmax", "hidden")
+        update_on = "sample" if "sample" in flags else "argmax"
+        assert (config["policy"], config["update_on"], config["scale_units"]) == ("rloo", update_on, "hidden")
         assert (config["alpha_policy"], config["router_norm"]) == (2.0, "rms")
         assert abs(DLRModel.from_pretrained("run/model").unit - 1) > 1e-3
     before = Path("run", "metrics.json").read_text()
     evaluation.main(["run", "--device", "cpu"])
     assert json.loads(Path("run", "metrics.json").read_text()) == json.loads(before)
+
+
+def test_a_prompt_that_was_not_searched_is_steered_but_not_imitated(folder, monkeypatch):
+    lm = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model, calls = DLRModel(lm, num_codes=4, chunk_size=2).eval(), []
+    monkeypatch.setattr(model, "loss", lambda *args, **kwargs: calls.append((args, kwargs)) or
+                        DLRModel.loss(model, *args, **kwargs))
+    ids = torch.arange(20).view(2, 10) % 11
+    response = torch.arange(10) >= torch.tensor([[5], [8]])
+    searched = torch.tensor([[False, False, True, True, True], [False] * 4 + [True]])
+    for search, rows in (("response", 2), ("rollouts", 0), ("beam", 1)):
+        args = train.parse_args(["--model", str(folder), *SUMS, "--search", search, "--rollout-batch", str(rows)])
+        train.check_settings(args)
+        torch.manual_seed(0)
+        train.step_loss(args, model, (ids, None, response), look=False)
+        (*_, imitated), settings = calls.pop()
+        if search == "response":
+            assert torch.equal(imitated >= 0, searched)
+            argmax = model.route(ids).argmax(-1)
+            assert torch.equal(settings["steer"], torch.where(searched, imitated, argmax))
+        else:
+            assert torch.equal(imitated, settings["steer"]) and (imitated >= 0).all()
 
 
 @pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "lora")])
@@ -204,6 +228,7 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--method", "lora", "--lora-layers", "0", "3"], "blocks 0 to 2"),
     (["--pauses", "0", "--method", "pause"], "--pauses is 0"),
     (["--search", "beam", "--policy", "rloo"], "want draws"),
+    (["--rollout-batch", "-1"], "--rollout-batch is -1"),
     (["--model", "empty"], "no config.json"),
     (["--model", "nowhere.gguf"], "nowhere.gguf does not exist"),
     (["--model", "no/such-model"], "pass a model folder"),
