@@ -481,8 +481,11 @@ def train(args, model, rows, state, device):
 
 
 def selects_by_rounding(args, line):
-    """Whether what the rollouts differ by is no more than the noise of their scores, at a step that was looked at."""
-    return "noise" in line and args.codes > 1 and args.rollouts > 1 and line.get("spread", math.inf) < 2 * line["noise"]
+    """Whether what the rollouts differ by is no more than the noise of their scores, at a step that was looked at.
+
+    Scored again, in another order, they may be the same to the bit; but float32 keeps only about 1e-6 of a text's nats."""
+    searched = "noise" in line and "spread" in line and args.codes > 1 and args.rollouts > 1
+    return searched and line["spread"] < max(2 * line["noise"], 1e-6)
 
 
 def own_part(args, rows, whole, device):
@@ -570,7 +573,8 @@ def benchmark(args, model, tokenizer, rows, device):
         optimizer.step()
         optimizer.zero_grad()
 
-    meter, new = baselines.Meter(device), dict(max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    length = max(1, min(64, args.max_new_tokens))
+    meter, new = baselines.Meter(device), dict(max_new_tokens=length, min_new_tokens=length, do_sample=False)
     prompts = data.collate_prompts([ids[:start] for ids, start in rows[: args.batch_size]], device=device)
     tasks = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
     tasks |= {"generation, plain": lambda: model.lm.generate(prompts[0], attention_mask=prompts[1], **new),
@@ -591,7 +595,7 @@ def benchmark(args, model, tokenizer, rows, device):
         print(f"{name:<30} {second:8.3f} {second / seconds[0]:6.2f} {count / second:9.0f} {more / 1e9:9.2f} {floor}")
     plain, steered = seconds[-2:]
     print(f"Steered generation takes {100 * (steered / plain - 1):+.1f}% longer than plain generation "
-          f"({plain:.2f} s for 64 tokens each). Naive / ours at N = 8: {seconds[2] / seconds[5]:.2f}; plain / response "
+          f"({plain:.2f} s for {length} tokens each). Naive / ours at N = 8: {seconds[2] / seconds[5]:.2f}; plain / response "
           f"search: {seconds[5] / seconds[7]:.2f}.")
 
 

@@ -266,6 +266,44 @@ def test_the_log_shows_that_a_coarse_search_selects_by_rounding(folder, tmp_path
     assert max(line["noise"] for line in looks) > 1e-3 and min(line["same_winner"] for line in looks) < 1
 
 
+def test_a_run_that_selects_by_rounding_warns(folder, tmp_path, monkeypatch, capsys):
+    settings = ["--model", str(folder), *SUMS, "--overwrite", "--max-new-tokens", "0"]
+    monkeypatch.chdir(tmp_path)
+    train.main([*settings, "--scale", "1e-6"])
+    assert capsys.readouterr().out.count("winners are drawn by rounding") == 1
+    train.main(settings)
+    assert "by rounding" not in capsys.readouterr().out
+
+
+def test_the_benchmark_times_every_kind_of_step_and_trains_nothing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    train.main(["--model", str(folder), *SUMS, "--benchmark", "1", "--layer", "0"])
+    printed = capsys.readouterr().out
+    rows = {line[:30].strip(): line[30:].split() for line in printed.splitlines()}
+    kinds = [name for name, row in rows.items() if len(row) >= 4 and name.startswith(("SFT", "DLR", "naive"))]
+    seconds = {name: float(rows[name][0]) for name in kinds}
+    assert len(seconds) == 8 and min(seconds.values()) > 0
+    # the floor, written out: two of three blocks above the injection; each sum has 14 tokens, 6 of them of the response
+    body, head, share = 2 * 3 * (12 * 32**2 + 13 * 32), 2 * len(data.arithmetic_tokenizer()) * 32, 6 / 14
+    sft = 3 * body + 3 * share * head
+    for n in (1, 4, 8, 16):
+        least = body * (3 / 3 + 2 / 3 * (n + 6)) + share * head * (n + 6)
+        assert float(rows[f"DLR, N = {n}"][4]) == pytest.approx(least / sft, abs=0.006)
+    assert not (tmp_path / "runs").exists()
+    after = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_naive_step_has_the_loss_of_ours(folder):
+    """With one code there is one rollout, so both know the winner."""
+    model, tokenizer = little_model(folder, num_codes=1, chunk_size=2, scale=1.0)
+    ids, mask, response = data.collate(data.encode(data.arithmetic(5) + data.arithmetic(2, digits=6), tokenizer)[0])
+    ours = model.loss(ids, response, torch.zeros(7, 40, dtype=torch.long), attention_mask=mask)
+    naive = baselines.naive_dlr_loss(model, ids, mask, response, 3)
+    torch.testing.assert_close(naive, ours.generalist + ours.steered)
+
+
 def test_a_search_that_is_too_large_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sentence = call(train.main, "--model", folder, *SUMS, "--search", "exact", "--chunk", "1", "--codes", "8")
