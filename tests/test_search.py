@@ -306,8 +306,9 @@ def test_other_searches_choose_every_real_code():
         assert torch.equal(found.searched, found.codes >= 0)
 
 
-@pytest.mark.parametrize("prompts", [{13: 6, 11: 7, 12: 8}, {13: 9, 11: 7, 12: 4}])  # heads alike, and not
+@pytest.mark.parametrize("prompts", [{13: 6, 11: 7, 12: 8}, {13: 9, 11: 7, 12: 4}, {13: 12, 6: 6}])
 def test_a_shared_prompt_runs_once(family, prompts):
+    """Where prompts have as many chunks, where not, and beside a text that is all prompt."""
     model, tokens, told = small(family, layer=1), [], []
     ids, response, mask = prompted("right", prompts)
     model._blocks[3].register_forward_hook(lambda block, args, output: tokens.append(tuple(output.shape[:2])))
@@ -316,7 +317,7 @@ def test_a_shared_prompt_runs_once(family, prompts):
     model.search(ids, response, 4, attention_mask=mask, rollout_batch=3, response_only=True)
     heads = [first // K * K for first in prompts.values()]
     tail = max(length - head for length, head in zip(prompts, heads))
-    assert tokens == [(3, max(heads)), (9, tail), (3, tail)]
+    assert tokens == [(len(ids), max(heads)), (3 * len(ids), tail), (len(ids), tail)]
     assert told == [False] + 3 * [len(set(heads)) > 1]  # the trunk; then a mask only where the heads are padded
 
 
