@@ -249,9 +249,10 @@ class DLRModel(nn.Module):
         `rollouts`: how many, or the sequences themselves (B, R, M), which are then scored as they are. `temperature`:
         tau, one number or one for each rollout; 0 draws the argmax. `noise` (B, R, M, C): Gumbel noise to draw with, in
         place of fresh one. `dtype` is the precision of the scores: rollouts differ by hundredths of a nat at first,
-        less than what bfloat16 rounds away, so float32 holds even inside autocast. Dropout is off. `rollout_batch`: how many rollouts of each text are scored at once (None = all).
-        `response_only`: chunks before the first response token take the argmax in all rollouts, also in given ones, so
-        that the blocks above run over them only once; the other chunks draw what they would draw without it.
+        less than what bfloat16 rounds away, so float32 holds even inside autocast. Dropout is off.
+        `rollout_batch`: how many rollouts of each text are scored at once (None = all). `response_only`: chunks before
+        the first response token take the argmax in all rollouts, also in given ones, so that the blocks above run over
+        them only once; the other chunks draw what they would draw without it.
         Raises ValueError for less than one rollout, or a negative temperature; with `response_only`, for an LM with
         recurrent blocks."""
         if rollout_batch is not None and rollout_batch < 1:

@@ -483,7 +483,7 @@ def train(args, model, rows, state, device):
 def selects_by_rounding(args, line):
     """Whether what the rollouts differ by is no more than the noise of their scores, at a step that was looked at.
 
-    Scored again, in another order, they may be the same to the bit; but float32 keeps only about 1e-6 of a text's nats."""
+    Scored again, in another order, they may be the same to the bit; float32 still keeps no more than about 1e-6."""
     searched = "noise" in line and "spread" in line and args.codes > 1 and args.rollouts > 1
     return searched and line["spread"] < max(2 * line["noise"], 1e-6)
 
@@ -595,8 +595,8 @@ def benchmark(args, model, tokenizer, rows, device):
         print(f"{name:<30} {second:8.3f} {second / seconds[0]:6.2f} {count / second:9.0f} {more / 1e9:9.2f} {floor}")
     plain, steered = seconds[-2:]
     print(f"Steered generation takes {100 * (steered / plain - 1):+.1f}% longer than plain generation "
-          f"({plain:.2f} s for {length} tokens each). Naive / ours at N = 8: {seconds[2] / seconds[5]:.2f}; plain / response "
-          f"search: {seconds[5] / seconds[7]:.2f}.")
+          f"({plain:.2f} s for {length} tokens each). Naive / ours at N = 8: {seconds[2] / seconds[5]:.2f}; plain / "
+          f"response search: {seconds[5] / seconds[7]:.2f}.")
 
 
 def main(argv=None):
