@@ -26,6 +26,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -166,6 +167,58 @@ class Meter:
         if self.gpu is not None:
             self.gpu.synchronize()
         return time.perf_counter() - began, self.memory(peak=True) - before if self.counts else math.nan
+
+
+def benchmark(model, kinds, rows, rounds, new_tokens, autocast):
+    """Time training steps (of the whole LM, optimiser included) and generation on one batch -> a table, as text.
+
+    `kinds`: {"DLR, N = 8": function of (batch, response tokens) to the loss}, beside SFT and the naive DLR step. All
+    take turns: one round to warm up, then `rounds`, of which the medians are shown."""
+    device = model.codebook.device
+    batch = input_ids, mask, response = data.collate(rows, device=device)
+    count, tokens = int(mask.sum()), response[:, 1:].sum()
+    labels = input_ids.masked_fill(~response, -100)
+    losses = {"SFT, as the LM does it": lambda: model.lm(input_ids=input_ids, attention_mask=mask, labels=labels).loss,
+              "SFT, logits of responses only": lambda: sft_loss(model, *batch),
+              "naive DLR, N = 8": lambda: naive_dlr_loss(model, *batch, 8),
+              **{name: lambda kind=kind: kind(batch, tokens) for name, kind in kinds.items()}}
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def step(loss):
+        with autocast:
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    length = max(1, min(64, new_tokens))
+    new = dict(max_new_tokens=length, min_new_tokens=length, do_sample=False)
+    prompts = data.collate_prompts([ids[:start] for ids, start in rows], device=device)
+    tasks = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
+    tasks["plain"] = lambda: model.lm.generate(prompts[0], attention_mask=prompts[1], **new)
+    tasks["steered"] = lambda: model.generate(*prompts, **new)
+    meter, measured = Meter(device), {name: [] for name in tasks}
+    for _ in tqdm(range(1 + rounds), "timing (the first round warms up)"):
+        for name, task in tasks.items():
+            model.train(name in losses)
+            measured[name].append(meter(task))
+    seconds, memory = ({name: float(np.median([one[i] for one in both[1:]])) for name, both in measured.items()}
+                       for i in (0, 1))
+    share, least = float(tokens) / count, seconds["SFT, logits of responses only"]
+    lines = [f"{len(rows)} texts, {count} tokens, {int(tokens)} of them of responses; medians of {rounds}",
+             f"{'':<30} {'seconds':>8} {'x SFT':>6} {'tokens/s':>9} {'extra GB':>9} {'floor':>6} {'x floor':>8}"]
+    for name in losses:
+        above = ""
+        if name.startswith("DLR, N = ") and name[9:].isdigit():  # the other kinds have no such formula
+            most = floor(model, share, int(name[9:])) / floor(model, share)
+            above = f" {most:6.2f} {seconds[name] / least / most:8.2f}"
+        lines.append(f"{name:<30} {seconds[name]:8.3f} {seconds[name] / seconds['SFT, as the LM does it']:6.2f} "
+                     f"{count / seconds[name]:9.0f} {memory[name] / 1e9:9.2f}{above}")
+    lines.append(f"floor: operations, in those of SFT with the logits of responses only. Steered generation takes "
+                 f"{100 * (seconds['steered'] / seconds['plain'] - 1):+.1f}% more time than plain ({length} tokens).")
+    return "\n".join(lines)
 
 
 def add_tokens(lm, tokenizer, tokens):

@@ -542,63 +542,6 @@ def train_step(args, spread, optimizer, schedule, rows, chosen, step, look, inte
     return line
 
 
-def benchmark(args, model, tokenizer, rows, device):
-    """Time a training step (of the whole LM, optimiser included) of several kinds on the first batch, and generation.
-
-    What is compared is timed in turn, --benchmark times after a warm-up; medians are printed."""
-    batch = data.collate(rows[: args.batch_size], device=device)
-    input_ids, mask, response = batch
-    count, tokens = int(mask.sum()), response[:, 1:].sum()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-
-    def ours(search, rollouts):
-        settings = {**vars(args), "method": "dlr", "search": search, "rollouts": rollouts}
-        return lambda: Step(argparse.Namespace(**settings), model)(batch, tokens, [], True, False, None)[0]
-
-    labels = input_ids.masked_fill(~response, -100)
-    losses = {"SFT, as the LM does it": lambda: model.lm(input_ids=input_ids, attention_mask=mask, labels=labels).loss,
-              "SFT, logits of responses only": lambda: baselines.sft_loss(model, *batch),
-              "naive DLR, N = 8": lambda: baselines.naive_dlr_loss(model, *batch, 8),
-              **{f"DLR, N = {n}": ours("rollouts", n) for n in (1, 4, 8, 16)},
-              "DLR, N = 8, --search response": ours("response", 8)}
-    floors = [*2 * [baselines.floor(model, float(tokens) / count)], math.nan,
-              *[baselines.floor(model, float(tokens) / count, n) for n in (1, 4, 8, 16)], math.nan]
-
-    def step(loss):
-        with torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext():
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    length = max(1, min(64, args.max_new_tokens))
-    meter, new = baselines.Meter(device), dict(max_new_tokens=length, min_new_tokens=length, do_sample=False)
-    prompts = data.collate_prompts([ids[:start] for ids, start in rows[: args.batch_size]], device=device)
-    tasks = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
-    tasks |= {"generation, plain": lambda: model.lm.generate(prompts[0], attention_mask=prompts[1], **new),
-              "generation, steered": lambda: model.generate(*prompts, **new)}
-    rounds = []
-    for _ in tqdm(range(1 + args.benchmark), "timing (the first round warms up)"):
-        for name, task in tasks.items():
-            model.train(not name.startswith("generation"))
-            rounds.append(meter(task))
-    seconds, memory = torch.tensor(rounds, dtype=torch.float64).view(-1, len(tasks), 2)[1:].median(0).values.T.tolist()
-    print(f"A batch of {len(input_ids)} texts, {count} tokens, {int(tokens)} of them of responses; K = {args.chunk}, "
-          f"injection after block {model.layer}, {args.dtype}, search in {args.search_dtype}, {device}, torch "
-          f"{torch.__version__}, {torch.get_num_threads()} threads. Times SFT: the LM's own. Floor: operations, in "
-          f"those of SFT with the logits of responses only; times floor: how much longer than that a step takes.\n"
-          f"{'':<30} {'seconds':>8} {'x SFT':>6} {'tokens/s':>9} {'extra GB':>9} {'floor':>6} {'x floor':>8}")
-    for name, second, more, least in zip(losses, seconds, memory, floors):
-        floor = f"{least / floors[1]:6.2f} {second / seconds[1] / (least / floors[1]):8.2f}" if least == least else ""
-        print(f"{name:<30} {second:8.3f} {second / seconds[0]:6.2f} {count / second:9.0f} {more / 1e9:9.2f} {floor}")
-    plain, steered = seconds[-2:]
-    print(f"Steered generation takes {100 * (steered / plain - 1):+.1f}% longer than plain generation "
-          f"({plain:.2f} s for {length} tokens each). Naive / ours at N = 8: {seconds[2] / seconds[5]:.2f}; plain / "
-          f"response search: {seconds[5] / seconds[7]:.2f}.")
-
-
 def main(argv=None):
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
@@ -606,50 +549,75 @@ def main(argv=None):
     try:
         check_settings(args)
         device = join_processes(choose_device(args.device))
-        if args.model == "tiny" and device.type == "cpu":
-            torch.set_num_threads(1)  # its matrices are too small to share out: a second thread only gets in the way
-        rank, args.processes = processes()
-        if rank:
-            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-        with first_process_first():
-            splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops,
-                               args.nines)
-            where = find_model(args)
-            if rank == 0 and not args.benchmark:
-                prepare_out(args)
-            lm, tokenizer = load_model(args, where, device)
-        state = Path(args.out, "state.pt")
-        state = torch.load(state, map_location="cpu", weights_only=True) if state.is_file() else None
-        if args.model == "tiny" and args.freeze:
-            print("Embedded default: a tiny LM that can add a little, frozen; only codebook and router are trained, on "
-                  "harder sums (--no-freeze trains the LM along).", flush=True)
-        lm.requires_grad_(not args.freeze)
-        torch.manual_seed(args.seed)
-        texts = dress(args, lm, tokenizer, splits)
+        model, tokenizer, splits, texts, where, state = set_up(args, device)
         rows, cut, dropped = data.encode(texts["train"], tokenizer, args.max_length)
-        if not rows:
-            raise ValueError(f"no prompt leaves room for an answer within --max-length {args.max_length}; raise it.")
-        model = build(args, lm, rows, device)
-    except (OSError, ValueError) as error:
-        sys.exit(f"train.py: {first_line(error)}" if processes()[0] == 0 else 1)
-    if args.benchmark:
-        return benchmark(args, model, tokenizer, rows, device)
-    trained = write_config(args, model) if rank == 0 else 0
-    print(f"{args.method} on {args.data}: {len(rows)} training texts ({cut} cut at {args.max_length} tokens, {dropped} "
-          f"too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} parameters trained")
-    try:
-        finished = train(args, model, rows, state, device)
-    except (FloatingPointError, ValueError) as error:  # ValueError: --search exact has too much to search
-        sys.exit(f"train.py: {first_line(error)}" if rank == 0 else 1)
-    try:
-        if not finished:
+        if args.benchmark:
+            return benchmark(args, model, tokenizer, rows, device)
+        trained = write_config(args, model) if processes()[0] == 0 else 0
+        print(f"{args.method} on {args.data}: {len(rows)} training texts ({cut} cut at {args.max_length} tokens, "
+              f"{dropped} too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} "
+              f"parameters trained")
+        if not train(args, model, rows, state, device):
             raise KeyboardInterrupt
         if args.shard:
             model = in_one_piece(args, model, where, device)
         finish(args, model, tokenizer, splits, texts, where, device)
+    except (OSError, ValueError, FloatingPointError) as error:
+        give_up(f"train.py: {first_line(error)}")
     except KeyboardInterrupt:
-        sys.exit(f"Interrupted; the same command with --resume goes on from here (state: {args.out}/state.pt)."
-                 if rank == 0 else 1)
+        give_up(f"Interrupted; the same command with --resume goes on from here (state: {args.out}/state.pt).")
+    if args.processes > 1:
+        dist.destroy_process_group()
+
+
+def give_up(message):
+    """End with a message, said once: of several processes the first one speaks."""
+    sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def set_up(args, device):
+    """Everything before the first step -> (model, tokenizer, splits, texts of the method, where the LM is from, state).
+
+    Raises OSError or ValueError for what cannot work."""
+    if args.model == "tiny" and device.type == "cpu":
+        torch.set_num_threads(1)  # its matrices are too small to share out: a second thread only gets in the way
+    rank, args.processes = processes()
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    with first_process_first():
+        splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops,
+                           args.nines)
+        where = find_model(args)
+        if rank == 0 and not args.benchmark:
+            prepare_out(args)
+        if args.model == "tiny" and args.freeze:
+            print("Embedded default: a tiny LM that can add a little, frozen; only codebook and router are trained, on "
+                  "harder sums (--no-freeze trains the LM along).", flush=True)
+        lm, tokenizer = load_model(args, where, device)
+    state = Path(args.out, "state.pt")
+    state = torch.load(state, map_location="cpu", weights_only=True) if state.is_file() else None
+    lm.requires_grad_(not args.freeze)
+    torch.manual_seed(args.seed)
+    texts = dress(args, lm, tokenizer, splits)
+    some, _, _ = data.encode(texts["train"][:32], tokenizer, args.max_length)
+    if not some:
+        raise ValueError(f"no prompt leaves room for an answer within --max-length {args.max_length}; raise it.")
+    return build(args, lm, some, device), tokenizer, splits, texts, where, state
+
+
+def benchmark(args, model, tokenizer, rows, device):
+    """Time the steps of several kinds on the first batch, and generation, as baselines.py does."""
+    def ours(search, rollouts):
+        settings = {**vars(args), "method": "dlr", "search": search, "rollouts": rollouts}
+        step = Step(argparse.Namespace(**settings), model)
+        return lambda batch, tokens: step(batch, tokens, [], True, False, None)[0]
+
+    kinds = {f"DLR, N = {n}": ours("rollouts", n) for n in (1, 4, 8, 16)}
+    kinds["DLR, N = 8, --search response"] = ours("response", 8)
+    use = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+    print(f"K = {args.chunk}, injection after block {model.layer}, {args.dtype}, search in {args.search_dtype}, "
+          f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(baselines.benchmark(model, kinds, rows[: args.batch_size], args.benchmark, args.max_new_tokens, use))
 
 
 def build(args, lm, rows, device):

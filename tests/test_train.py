@@ -143,9 +143,10 @@ def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags
 
 def test_a_prompt_that_was_not_searched_is_steered_but_not_imitated(folder, monkeypatch):
     lm = AutoModelForCausalLM.from_pretrained(folder).eval()
-    model, calls = DLRModel(lm, num_codes=4, chunk_size=2).eval(), []
-    monkeypatch.setattr(model, "loss", lambda *args, **kwargs: calls.append((args, kwargs)) or
-                        DLRModel.loss(model, *args, **kwargs))
+    model, steered, imitated = DLRModel(lm, num_codes=4, chunk_size=2).eval(), [], []
+    text_terms, router_terms = model.text_terms, model.router_terms
+    monkeypatch.setattr(model, "text_terms", lambda *args: steered.append(args[2]) or text_terms(*args))
+    monkeypatch.setattr(model, "router_terms", lambda *args: imitated.append(args[0][0][2]) or router_terms(*args))
     ids = torch.arange(20).view(2, 10) % 11
     response = torch.arange(10) >= torch.tensor([[5], [8]])
     searched = torch.tensor([[False, False, True, True, True], [False] * 4 + [True]])
@@ -153,14 +154,13 @@ def test_a_prompt_that_was_not_searched_is_steered_but_not_imitated(folder, monk
         args = train.parse_args(["--model", str(folder), *SUMS, "--search", search, "--rollout-batch", str(rows)])
         train.check_settings(args)
         torch.manual_seed(0)
-        train.step_loss(args, model, (ids, None, response), look=False)
-        (*_, imitated), settings = calls.pop()
+        train.Step(args, model)((ids, None, response), response.sum(), [], True, False, None)
+        steer, taught = steered.pop(), imitated.pop()
         if search == "response":
-            assert torch.equal(imitated >= 0, searched)
-            argmax = model.route(ids).argmax(-1)
-            assert torch.equal(settings["steer"], torch.where(searched, imitated, argmax))
+            assert torch.equal(taught >= 0, searched)
+            assert torch.equal(steer, torch.where(searched, taught, model.route(ids).argmax(-1)))
         else:
-            assert torch.equal(imitated, settings["steer"]) and (imitated >= 0).all()
+            assert torch.equal(taught, steer) and (taught >= 0).all()
 
 
 @pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "lora")])
