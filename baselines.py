@@ -18,6 +18,7 @@
 All changes of text are made in text, with special tokens of the tokenizer: whoever encodes or decodes it needs to know
 nothing of them (`skip_special_tokens=True` drops them). Needs peft for lora, vector-quantize-pytorch for tokenassorted.
 """
+import ctypes
 import importlib.util
 import math
 import random
@@ -160,6 +161,8 @@ class Meter:
     def __call__(self, function):
         """-> (seconds, bytes more than before, at the peak; NaN where the device does not tell)."""
         if self.counts:
+            if self.gpu is None and hasattr(ctypes.CDLL(None), "malloc_trim"):
+                ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to hide what is taken now
             before = self.memory()
             self.gpu.reset_peak_memory_stats() if self.gpu else Path("/proc/self/clear_refs").write_text("5")
         began = time.perf_counter()
