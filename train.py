@@ -4,6 +4,8 @@
     python train.py --model gpt2 --data gsm8k --n 256                # a model and a data set from the hub
     python train.py --model gpt2 --data gsm8k --n 256 --method sft   # no codes; also pause, tokenassorted, lora
     python train.py --model ./my-model --data ./my.jsonl             # a local folder or file.gguf; prompts, responses
+    python train.py --model gpt2 --data gsm8k --benchmark            # what a step costs, in those of SFT
+    torchrun --nproc_per_node=2 -- train.py --model gpt2 --data gsm8k --n 256        # several GPUs
 
 Each step: *search* N code sequences for every text of the batch, *select* the likeliest, *update* LM, codebook and
 router together (equations in dlr.py). The other methods (baselines.py) change the model or the texts, and share all
