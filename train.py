@@ -632,7 +632,7 @@ def build(args, lm, rows, device):
     for parameter in (model.codebook, model.router.weight):
         parameter.requires_grad_(args.method in ROUTED)
     if args.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # its newer name first
     return model
 
 

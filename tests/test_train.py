@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, modeling_utils
 
 import baselines
 import data
@@ -450,6 +450,20 @@ def steady_folder(folder, tmp_path_factory):
     lm.save_pretrained(path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(path)
     return path
+
+
+def test_gradient_checkpointing_changes_no_number(steady_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ["--model", str(steady_folder), *SUMS, "--max-new-tokens", "0"]
+    train.main([*settings, "--out", "plain"])
+    again = []
+    checkpoint = modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *a, **k: again.append(1) or checkpoint(*a, **k))
+    train.main([*settings, "--gradient-checkpointing", "--out", "checkpointed"])
+    assert again  # it was on
+    for line, other in zip(log_of("plain"), log_of("checkpointed"), strict=True):
+        assert line["total"] == pytest.approx(other["total"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
 def together(*args):
