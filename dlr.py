@@ -413,9 +413,10 @@ class DLRModel(nn.Module):
     def _score(self, output, targets, counted):
         """log p of the targets (n, q) that count, predicted from the states of `output` -> (n,), in nats."""
         states = output.last_hidden_state[:, : counted.shape[1]][counted]  # (tokens that count, H)
-        # Even slices: a product of one to three rows is rounded in another way, and a remainder may be as short.
-        parts = max(1, -(-len(states) // HEAD_ROWS))
-        slices = zip(states.tensor_split(parts), targets[counted].tensor_split(parts))
+        # A product of a few rows is rounded in another way than one of many: a short remainder joins the slice before.
+        whole = max(0, -(-(len(states) - HEAD_ROWS // 16) // HEAD_ROWS) - 1)
+        sizes = whole * [HEAD_ROWS] + [len(states) - whole * HEAD_ROWS]
+        slices = zip(states.split(sizes), targets[counted].split(sizes))
         log_p = [-F.cross_entropy(self._head(rows, output).float(), y, reduction="none") for rows, y in slices]
         return torch.zeros(counted.shape, device=states.device).masked_scatter(counted, torch.cat(log_p)).sum(-1)
 

@@ -369,10 +369,10 @@ def test_slices_of_rollouts_score_to_the_bit_like_all_at_once(family, side, resp
 
 
 def test_no_slice_of_the_head_is_a_short_remainder(monkeypatch):
-    monkeypatch.setattr(dlr, "HEAD_ROWS", 20)
+    monkeypatch.setattr(dlr, "HEAD_ROWS", 64)
     model, rows = small("llama"), []
     model.lm.lm_head.register_forward_hook(lambda m, args, output: rows.append(args[0].shape[1]))
     ids = texts(lengths=[8])[0][None]
-    for rollouts in (1, 3, 6):  # 21 and 42 rows: not 20 + 1 and 20 + 20 + 2
+    for rollouts in (1, 9, 19, 37):  # 7, 63, 133 and 259 rows; the last not as 4 * 64 + 3
         model.search(ids, torch.ones_like(ids), rollouts)
-    assert rows == [7, 11, 10, 14, 14, 14]
+    assert rows == [7, 63, 64, 64, 5, 64, 64, 64, 67]
