@@ -159,7 +159,7 @@ def check_settings(args):
     if args.look_every is not None and args.look_every < 1:
         raise ValueError(f"--look-every is {args.look_every}; it must be at least 1.")
     for name in ("rollout_batch", "temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale",
-                 "max_new_tokens"):
+                 "max_new_tokens", "benchmark"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
     if args.freeze and args.method not in ROUTED:
@@ -167,6 +167,8 @@ def check_settings(args):
                          f"(lora freezes by itself).")
     if args.search in ("beam", "exact") and (args.policy == "rloo" or args.update_on == "sample"):
         raise ValueError(f"--policy rloo and --update-on sample want draws; --search {args.search} makes none.")
+    if args.shard and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise ValueError("--shard spreads a model over several processes, and this is one: start it with torchrun.")
     if args.shard and args.method not in (*ROUTED, "sft"):
         raise ValueError(f"--shard is for --method {', '.join(ROUTED)} and sft, not for {args.method}.")
     baselines.check_packages(args.method)

@@ -236,6 +236,8 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--model", "tiny", "--data", "mine.jsonl"], "--model tiny only reads arithmetic"),
     (["--model", "tiny", "--data", "arithmetic", "--layer", "2", "--n", "9"], "blocks 0 to 1"),
     (["--resume"], "holds no run to resume"),
+    (["--benchmark", "-1"], "must not be negative"),
+    (["--shard"], "start it with torchrun"),
 ])
 def test_bad_input_is_answered_in_one_sentence(folder, tmp_path, monkeypatch, flags, said):
     monkeypatch.chdir(tmp_path)
