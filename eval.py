@@ -41,14 +41,18 @@ import data
 from dlr import DLRModel
 
 ROUTED = ("dlr", "soft")  # the methods that have codes
+CONDITIONS = ("base", "steered", "off", "random", "other")
 LACKING = {"strict": "it holds no answers; give --by nll, or answer its test set with --max-new-tokens.",
            "nll": "it does not hold the NLL of each example; evaluate it anew (eval.py --max-new-tokens 0 will do)."}
 KEEP, OFF = -1, -2  # in a table of codes: leave the router's choice; steer nothing
 
 
-def conditions_of(method):
-    """The conditions under which a run of this method is evaluated, the one that stands for the run first."""
-    return ("steered", "off", "random", "other") if method in ROUTED else (method,)
+def conditions_of(method, wanted=CONDITIONS):
+    """The conditions under which a run of this method is evaluated: first the one that stands for the run, which is
+    always among them, then what is `wanted` of the others (but for `base`, which is another model)."""
+    if method not in ROUTED:
+        return (method,)
+    return ("steered", *(name for name in CONDITIONS[2:] if name in wanted))
 
 
 def processes():
@@ -332,8 +336,9 @@ def fresh_result(run, args):
     model, tokenizer, config = load_run(run, choose_device(args.device))
     config.update({k: v for k, v in vars(args).items() if k in config and k != "device" and v is not None})
     test = load_data(config)["test"]
-    metrics, predictions = evaluate(model, tokenizer, test, conditions_of(config["method"]),
-                                    max_length=config["max_length"], max_new_tokens=config["max_new_tokens"],
+    conditions = conditions_of(config["method"], args.conditions or config.get("conditions", CONDITIONS))
+    metrics, predictions = evaluate(model, tokenizer, test, conditions, max_length=config["max_length"],
+                                    max_new_tokens=config["max_new_tokens"],
                                     batch_size=args.batch_size or config["eval_batch_size"])
     before = saved_result(run)
     for name in [] if config["max_new_tokens"] else metrics:  # nothing was answered: the answers that are there stay
@@ -351,7 +356,8 @@ def grouped(results, join_seeds):
     """Rows of the comparison -> {(data, name): [(Result, condition)]}; with `join_seeds` one Result a seed.
 
     A row is a run, or all that differ in their seed alone; `base` is what the runs on that data started from."""
-    apart = {"seed", "out", "commit", "device", "save_every", "resume", "overwrite", "python", "torch", "transformers"}
+    apart = {"seed", "out", "commit", "device", "save_every", "resume", "overwrite", "conditions",
+             "python", "torch", "transformers"}
     rows, names = {}, {}
     for result in results:
         seed = result.config["seed"]
@@ -451,6 +457,8 @@ def parse_args(argv=None):
     parser.add_argument("--against", metavar="RUN", help="one of the runs, or base: what the others are compared with")
     parser.add_argument("--by", choices=["strict", "nll"],
                         help="what to compare: strict accuracy, or NLL (lower is better; default where answers lack)")
+    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS[1:], metavar="NAME",
+                        help="answer under these only, of steered off random other (default: as in the run)")
     parser.add_argument("--test", type=int, help="test examples, 0 = all (default: as in the run)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: as in the run), or 0")
     parser.add_argument("--batch-size", type=int, help="prompts at once (default: as in the run)")

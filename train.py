@@ -46,7 +46,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import baselines
 import data
 from dlr import DLRModel, find_blocks, mean_nll, save_lm
-from eval import ROUTED, choose_device, conditions_of, evaluate, processes, response_nll, table, write_results
+from eval import (CONDITIONS, ROUTED, choose_device, conditions_of, evaluate, processes, response_nll, table,
+                  write_results)
 
 # What --model tiny means unless a flag says otherwise. Found on validation sums; a real LM wants the other defaults.
 EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=1e-1, lr=1e-4,
@@ -136,6 +137,9 @@ def parse_args(argv=None):
     group.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     group.add_argument("--max-new-tokens", type=int,
                        help="length limit of an answer (default: 256; arithmetic: 16); 0: no answers, NLL only")
+    group.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS, metavar="NAME",
+                       help=f"what to evaluate at the end, to save time: of {', '.join(CONDITIONS)} (default: all; the "
+                            f"model as trained is always evaluated)")
     group.add_argument("--eval-batch-size", type=int, default=32, help="prompts answered at once")
     first_look = parser.parse_known_args(argv)[0]
     if first_look.model == "tiny":
@@ -340,8 +344,8 @@ def prepare_out(args):
         if not config.is_file():
             raise ValueError(f"{out} holds no run to resume: start it without --resume.")
         before = json.loads(config.read_text())
-        changed = [name for name in set(vars(args)) - {"resume", "overwrite", "device", "save_every", "out"}
-                   if before.get(name) != getattr(args, name)]
+        free = {"resume", "overwrite", "device", "save_every", "out", "conditions"}
+        changed = [name for name in set(vars(args)) - free if before.get(name) != getattr(args, name)]
         if changed:
             differs = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in sorted(changed))
             raise ValueError(f"--resume needs the settings that {out} began with: {differs}.")
@@ -661,10 +665,12 @@ def finish(args, model, tokenizer, splits, texts, where, device):
     rows, _, _ = data.encode(texts["validation"], tokenizer, args.max_length)
     nll, tokens = response_nll(model, rows, None if args.method in ROUTED else "off", args.eval_batch_size)
     validation = nll.sum() / tokens.sum() if rows else None  # None without validation examples
-    metrics, predictions = evaluate(model, tokenizer, texts["test"], conditions_of(args.method), **settings)
-    if args.freeze:  # the LM is the one it was
+    conditions = conditions_of(args.method, args.conditions)
+    metrics, predictions = evaluate(model, tokenizer, texts["test"], conditions, **settings)
+    base = base_predictions = {}
+    if args.freeze and "off" in metrics:  # the LM is the one it was
         base, base_predictions = {"base": metrics["off"]}, {"base": predictions["off"]}
-    else:
+    elif "base" in args.conditions:
         model.to("cpu")  # room for the other one
         lm, tokenizer = load_model(args, where, device)
         base, base_predictions = evaluate(DLRModel(lm).to(device), tokenizer, splits["test"], ["base"], **settings)

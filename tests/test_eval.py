@@ -296,3 +296,23 @@ def test_an_old_run_gets_its_nll_and_keeps_its_answers(folder, tmp_path, capsys)
     evaluation.main([run, "--device", "cpu", "--max-new-tokens", "0", "--test", "5"])  # another test set
     row = json.loads(Path(run, "metrics.json").read_text())["test"]["steered"]
     assert set(row) == {"n", "nll"} and row["n"] == 5
+
+
+def test_what_is_evaluated_can_be_chosen(folder, tmp_path, capsys):
+    """Each condition comes out as it does among all of them; the model as trained is always there."""
+    scores = lambda run: json.loads(Path(run, "metrics.json").read_text())["test"]
+    whole = scores(train_run(folder, tmp_path / "whole", "--max-new-tokens", "5"))
+    few = train_run(folder, tmp_path / "few", "--max-new-tokens", "5", "--conditions", "other", "base")
+    assert scores(few) == {name: whole[name] for name in ("base", "steered", "other")}
+    capsys.readouterr()
+    evaluation.main([few, "--device", "cpu", "--conditions", "off"])
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:] if line]
+    assert shown == ["steered", "off"] and scores(few) == {name: whole[name] for name in scores(few)}
+    assert set(scores(few)) == {"base", "steered", "off", "other"}
+
+    frozen = train_run(folder, tmp_path / "frozen", "--max-new-tokens", "0", "--freeze", "--conditions", "base")
+    assert list(scores(frozen)) == ["base", "steered"] and scores(frozen)["base"]["nll"] == whole["base"]["nll"]
+    sft = train_run(folder, tmp_path / "sft", "--max-new-tokens", "0", "--method", "sft", "--conditions", "steered")
+    assert list(scores(sft)) == ["sft"]
+    with pytest.raises(SystemExit, match="invalid choice: 'of'"):
+        train_run(folder, tmp_path / "none", "--conditions", "of")
