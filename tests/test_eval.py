@@ -65,7 +65,7 @@ def test_seeds_are_joined_and_paired(tmp_path, capsys):
     one = [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]  # 75, 50, 100 %
     two = [[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]  # 25, 25, 50 %
     before = [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    runs = [write_run(tmp_path / f"{name}-s{s}", s, given[s], before[s], lr=lr)
+    runs = [write_run(tmp_path / f"{name}-s{s}", s, given[s], before[s], lr=lr, conditions=["base", "off"][:s])
             for name, lr, given in (("one", 0.1, one), ("two", 0.2, two)) for s in range(3)]
     evaluation.main([*runs, "--saved", "--seeds", "--against", runs[4]])  # any run of the group stands for it
     rows = rows_of(capsys.readouterr().out)
