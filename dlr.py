@@ -46,7 +46,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 HEAD_ROWS = 256  # tokens whose logits are built at once: (256, V) instead of (B * R, T, V)
@@ -638,7 +638,7 @@ class DLRModel(nn.Module):
 
         def before(backbone, args, kwargs):
             # How far the cache reaches is known only before the blocks run: the first of them extends it.
-            cache = kwargs.get("past_key_values")
+            cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
             start = 0 if cache is None else int(cache.get_seq_length())
             if start and not hasattr(cache, "dlr_grid"):
                 raise ValueError("This cache was filled without steering: generate from the text instead.")
