@@ -323,9 +323,9 @@ class DLRModel(nn.Module):
             return select(rollouts, self.log_likelihood(trunk, labels, rollouts), logits)
 
     @contextmanager
-    def searching(self):
-        """Inside: dropout off, and the precision of `search_dtype`, also inside autocast."""
-        dtype = getattr(torch, self.settings.search_dtype)
+    def searching(self, dtype=None):
+        """Inside: dropout off, and the precision `dtype` (None: `search_dtype`) whatever autocast there is around."""
+        dtype = dtype or getattr(torch, self.settings.search_dtype)
         with _eval_mode(self.lm), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             yield
 
@@ -366,9 +366,9 @@ class DLRModel(nn.Module):
         """(5): `lm.generate` (greedy, sampling, beams; same arguments, same result) with steering and KV cache.
 
         Batches are padded on the left; every row keeps its own chunk grid across the border from prompt to answer.
-        The codes it was steered with are in `last_codes` (rows of the result, M) afterwards; text that a finished row
-        was padded with is routed like any other. Raises ValueError for padding on the right, and for ways to decode
-        that go back in the text (assisted decoding)."""
+        The codes it was steered with are in `last_codes` (rows of the result, M) afterwards (None after beam search);
+        text that a finished row was padded with is routed like any other. Raises ValueError for padding on the right,
+        and for ways to decode that go back in the text (assisted decoding)."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if not attention_mask[:, -1].all():
@@ -381,9 +381,9 @@ class DLRModel(nn.Module):
         else:  # transformers takes a config or arguments, not both
             kwargs["generation_config"] = copy.copy(given)
             kwargs["generation_config"].return_dict_in_generate = True
-        with self._steered_decoding(pads) as steps:
+        with self._steered_decoding(pads) as state:
             output = self.lm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        self.last_codes = _codes_of_rows(steps, output, pads, self.settings.chunk_size)
+        self.last_codes = state["grid"] if getattr(output, "beam_indices", None) is None else None
         return output if asked_for_dict else output.sequences
 
     @contextmanager
@@ -391,14 +391,10 @@ class DLRModel(nn.Module):
         """Inside this `with`, every code is replaced before it steers: in forward and generate, prompt and answer.
 
         "off" steers nothing; "random" draws codes uniformly; a function gets the codes (rows, M) and returns as many;
-        None lets them be.
-        While generating, the function sees the grid so far (-1 where nothing is yet), and its answer holds for the
-        chunks that begin now. A chunk that is not steered (-1) stays so. Raises ValueError for another word."""
-        known = {
-            "off": lambda codes: torch.full_like(codes, -1),
-            "random": lambda codes: torch.randint_like(codes, self.settings.num_codes),
-            None: None,
-        }
+        None lets them be. While generating, the function sees the grid so far (-1 where nothing is yet), and its answer
+        holds for the chunks that begin now. A chunk that is not steered (-1) stays so."""
+        known = {"off": lambda codes: torch.full_like(codes, -1), None: None,
+                 "random": lambda codes: torch.randint_like(codes, self.settings.num_codes)}
         if not callable(intervention) and intervention not in known:
             raise ValueError(f'intervene() takes "off", "random" or a function of codes, not {intervention!r}.')
         before, self._intervention = self._intervention, known.get(intervention, intervention)
@@ -424,9 +420,8 @@ class DLRModel(nn.Module):
         codes = torch.cat([torch.full_like(codes[:, :1], -1), codes], 1)  # (2, 3, 3), the first sequence unsteered
         try:
             with _eval_mode(self):
-                trunk = probe.trunk(ids, mask)
-                probe.unit = trunk.hidden.abs().median().float()
-                checks = [check for b in range(2) for check in probe._restated(b, ids, mask, codes)]
+                probe.unit = probe.trunk(ids, mask).hidden.abs().median().float()
+                checks = probe._restated(ids, mask, codes)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{self._named} cannot be steered: {reason}") from error
@@ -434,12 +429,12 @@ class DLRModel(nn.Module):
         for what, got, expected in checks:
             off, near = (got - expected).abs().max(), tolerance * expected.abs().max()
             if not off <= near:
-                raise ValueError(f"{self._named} would be steered wrongly: the {what} differ from those of a plain hook by "
-                                 f"{off:.2g}, more than rounding ({near:.1g}).")
+                raise ValueError(f"{self._named} would be steered wrongly: the {what} differ from those of a plain hook "
+                                 f"by {off:.2g}, more than rounding ({near:.1g}).")
         return self
 
-    def _restated(self, b, ids, mask, codes):
-        """For text b of `verify` -> [(what is compared, what this file computes, what a plain hook says)]."""
+    def _restated(self, ids, mask, codes):
+        """What `verify` compares -> [(its name, what this file computes, what a plain hook says)]."""
         def alone(row, codes):  # (T,), (M,) -> logits (T, V), router's logits in each chunk (M, C)
             vectors, states = self.unit * self.codebook[codes] * (codes >= 0)[:, None], []
 
@@ -455,21 +450,22 @@ class DLRModel(nn.Module):
             finally:
                 handle.remove()
 
-        row = ids[b, mask[b].bool()]
-        logits = self(ids, mask, codes=codes).logits[b].float()[:, mask[b].bool()]
-        scores = self.log_likelihood(self.trunk(ids, mask), ids, codes)[b]
+        logits, scores = self(ids, mask, codes=codes).logits, self.log_likelihood(self.trunk(ids, mask), ids, codes)
         greedy = GenerationConfig(max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1, pad_token_id=0,
                                   output_logits=True, return_dict_in_generate=True)
-        said = self.generate(ids, mask, generation_config=greedy)
-        for r, what in enumerate(["logits without codes", "logits under codes", "logits under codes"]):
-            expected, _ = alone(row, codes[b, r])
-            yield what, logits[r], expected
-            log_p = expected[:-1].log_softmax(-1).gather(1, row[1:, None])
-            yield "scores of rollouts", scores[r], log_p.sum()
-        expected, routed = alone(said.sequences[b, 6 - len(row) : -1], self.last_codes[b])
-        yield "logits of generated tokens", torch.stack(said.logits)[:, b].float(), expected[-4:]
-        chosen = routed.gather(1, self.last_codes[b, : len(routed), None])  # ties do not matter
-        yield "codes of generated tokens", chosen[:, 0], routed.amax(1)
+        said, checks = self.generate(ids, mask, generation_config=greedy), []
+        for b, start in enumerate((0, 2)):
+            row = ids[b, start:]
+            expected = torch.stack([alone(row, own)[0] for own in codes[b]])  # (3, T, V)
+            log_p = expected[:, :-1].log_softmax(-1).gather(2, row[1:].expand(3, -1)[..., None])
+            generated, routed = alone(said.sequences[b, start:-1], self.last_codes[b])
+            chosen = routed.gather(1, self.last_codes[b, : len(routed), None])[:, 0]  # ties do not matter
+            checks += [("logits without codes", logits[b, 0, start:].float(), expected[0]),
+                       ("logits under codes", logits[b, 1:, start:].float(), expected[1:]),
+                       ("scores of rollouts", scores[b], log_p.sum((1, 2))),
+                       ("logits of generated tokens", torch.stack(said.logits)[:, b].float(), generated[-4:]),
+                       ("router's choices in generated text", chosen, routed.amax(1))]
+        return checks
 
     def save_pretrained(self, directory):
         """Write an ordinary Hugging Face folder (the LM) plus `dlr.safetensors` and `dlr_config.json`."""
@@ -592,8 +588,8 @@ class DLRModel(nn.Module):
 
     @contextmanager
     def _steered_decoding(self, pads):
-        """Steer every forward of the LM inside; yields a list that grows by the token codes (B', q) of each forward."""
-        steps, call, named = [], {"end": 0, "cached": False}, self._named
+        """Steer every forward of the LM inside; yields a dict whose `grid` holds the codes (B', M) of the texts so far."""
+        call, named = {"end": 0, "cached": False}, self._named
 
         def before(backbone, args, kwargs):
             cache = _cache(args, kwargs)
@@ -607,7 +603,6 @@ class DLRModel(nn.Module):
                 raise RuntimeError(f"{named} decodes {hidden.shape[1]} tokens without the cache of those before.")
             token_codes, call["grid"] = self._extend(call["grid"], hidden, start, pads)
             call["end"] = end
-            steps.append(token_codes)
             return _with(hidden + self.vectors(token_codes, hidden.dtype), output)
 
         def after(backbone, args, output):
@@ -622,11 +617,11 @@ class DLRModel(nn.Module):
             self.backbone.register_forward_hook(after),
         ]
         try:
-            yield steps
+            yield call
         finally:
             for hook in hooks:
                 hook.remove()
-        if not steps:
+        if not call["end"]:
             raise RuntimeError(f"{named} generated without a run of the block that is to be steered.")
 
     def _extend(self, grid, hidden, start, pads):
@@ -769,20 +764,3 @@ def _carry(cache, grid, end):
 
         cache.reorder_cache = reorder_both
     cache.dlr_grid, cache.dlr_end = grid, end
-
-
-def _codes_of_rows(steps, output, pads, chunk_size):
-    """The codes (rows, M) that steered the rows of a `generate` output, from the token codes (B', q) of each step."""
-    rows = len(output.sequences)
-    parents = getattr(output, "beam_indices", None)  # (rows, steps): the beam that each token was predicted from
-    if parents is None:
-        parents = torch.arange(rows, device=pads.device)[:, None].expand(-1, len(steps))
-    tokens = []
-    for t in range(min(len(steps), parents.shape[1])):
-        codes = steps[t] if t == 0 else steps[t][:, -1:]  # without a cache every step holds the whole text
-        ended = parents[:, t, None] < 0
-        tokens.append(codes[parents[:, t].clamp(min=0).long()].masked_fill(ended, -1))
-    tokens = torch.cat(tokens, 1)
-    pads = pads.repeat_interleave(rows // len(pads))
-    first = torch.arange(0, tokens.shape[1], chunk_size, device=tokens.device) + pads[:, None]  # (rows, M)
-    return tokens.gather(1, first.clamp(max=tokens.shape[1] - 1)).masked_fill(first >= tokens.shape[1], -1)
