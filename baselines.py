@@ -25,6 +25,7 @@ import random
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
         half_written = Path(own, "model")
         lm.save_pretrained(half_written)
         tokenizer.save_pretrained(half_written)
-        if not folder.exists():
+        with suppress(OSError):  # another one was quicker
             half_written.rename(folder)
     return folder
 
@@ -106,10 +107,10 @@ class Unsteered(DLRModel):
     """An LM without codes, in the place of a `DLRModel`: the loss is the NLL per response token that it has by itself."""
 
     def forward(self, input_ids, attention_mask=None, labels=None, codes=None, num_items_in_batch=None, **kwargs):
-        trunk = self.trunk(input_ids, attention_mask)
-        unsteered = torch.full_like(trunk.first, -1)
+        unsteered = torch.full_like(input_ids, -1)  # as many codes as there can be chunks
         if labels is None or not self.training:
             return super().forward(input_ids, attention_mask, labels, unsteered, num_items_in_batch, **kwargs)
+        trunk = self.trunk(input_ids, attention_mask)
         tokens = (targets_of(trunk, labels) >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         return Output(loss=-self.log_likelihood(trunk, labels, unsteered).sum() / tokens)
 

@@ -450,7 +450,8 @@ class DLRModel(nn.Module):
             finally:
                 handle.remove()
 
-        logits, scores = self(ids, mask, codes=codes).logits, self.log_likelihood(self.trunk(ids, mask), ids, codes)
+        logits = DLRModel.forward(self, ids, mask, codes=codes).logits  # (2, 3, T, V), whatever a subclass makes of it
+        scores = self.log_likelihood(self.trunk(ids, mask), ids, codes)  # (2, 3)
         greedy = GenerationConfig(max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1, pad_token_id=0,
                                   output_logits=True, return_dict_in_generate=True)
         said, checks = self.generate(ids, mask, generation_config=greedy), []

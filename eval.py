@@ -155,7 +155,7 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
 
     `intervention`: None, "off", "random", or a table of codes (N, M) for the N examples. predictions: one dict an
     example (prompt, answer, ids, text, strict, flexible, cut_off); codes (N, M) steered it, -1 after its end."""
-    device = model.codebook.device
+    device = model.device
     prompts, max_new_tokens = encode_to_answer(model, tokenizer, examples, max_new_tokens)
     found = {}
     for batch in tqdm(batches(list(map(len, prompts)), batch_size), f"answering {label}", leave=False,
@@ -174,7 +174,7 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
             strict, flexible = data.score(text, examples[i].answer)
             prediction = {"prompt": examples[i].prompt, "answer": examples[i].answer, "ids": ids, "text": text,
                           "strict": strict, "flexible": flexible, "cut_off": not ended}
-            found[i] = prediction, codes[: -(-(len(prompts[i]) + len(ids)) // model.chunk_size)].clone()
+            found[i] = prediction, codes[: -(-(len(prompts[i]) + len(ids)) // model.settings.chunk_size)].clone()
     predictions, rows = map(list, zip(*gathered(found)))
     return predictions, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
@@ -191,11 +191,12 @@ def router_codes(model, rows, batch_size):
     """The router's argmax in the chunks of `rows` (see `data.encode`) -> codes (n, M) on the CPU, -1 for no chunk.
 
     Nothing is predicted from a row's last token, so a chunk that begins there is none."""
-    chunks = [-(-(len(ids) - 1) // model.chunk_size) for ids, _ in rows]
+    chunks = [-(-(len(ids) - 1) // model.settings.chunk_size) for ids, _ in rows]
     found = {}
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
-        input_ids, mask, _ = data.collate([rows[i] for i in batch], device=model.codebook.device)
-        for i, chosen in zip(batch, model.route(input_ids, mask).argmax(-1).cpu()):
+        texts = data.collate([rows[i] for i in batch], device=model.device)
+        trunk = model.trunk(texts["input_ids"], texts["attention_mask"])
+        for i, chosen in zip(batch, model.route(trunk).argmax(-1).cpu()):
             found[i] = chosen[: chunks[i]].clone()
     return torch.nn.utils.rnn.pad_sequence(gathered(found), batch_first=True, padding_value=-1)
 
@@ -207,13 +208,11 @@ def response_nll(model, rows, intervention=None, batch_size=16):
     `intervention` as in `answer`; a table (n, M) belongs to the reference texts."""
     found = {}
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
-        input_ids, mask, response = data.collate([rows[i] for i in batch], device=model.codebook.device)
-        use = intervention
-        if torch.is_tensor(use):
-            use = table_intervention(use[batch].to(input_ids.device))
+        texts = data.collate([rows[i] for i in batch], device=model.device)
+        use = table_intervention(intervention[batch].to(model.device)) if torch.is_tensor(intervention) else intervention
         with model.intervene(use):
-            nll = -model.log_likelihood(input_ids, response, attention_mask=mask)
-        found.update(zip(batch, zip(nll.tolist(), response[:, 1:].sum(1).tolist())))
+            nll = -model.log_likelihood(model.trunk(texts["input_ids"], texts["attention_mask"]), texts["labels"])
+        found.update(zip(batch, zip(nll.tolist(), (texts["labels"][:, 1:] >= 0).sum(1).tolist())))
     return np.array(gathered(found), dtype=float).reshape(-1, 2).T
 
 

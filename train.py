@@ -43,6 +43,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+progress = tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baselines
@@ -127,6 +128,8 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     group.add_argument("--out", help="folder of the run (default: runs/<model>-<data>-<method>-s<seed>)")
+    group.add_argument("--look-every", type=int, metavar="STEPS",
+                       help="steps between closer looks at the search, for the log (default: a hundredth of the run)")
     group.add_argument("--save-every", type=int, default=100, help="steps between states to resume from")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run (same settings)")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
@@ -161,6 +164,8 @@ def check_settings(args):
     for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale", "max_new_tokens"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
+    if args.look_every is not None and args.look_every < 1:
+        raise ValueError(f"--look-every is {args.look_every}; it must be at least 1.")
     if args.freeze and args.method not in ROUTED:
         raise ValueError(f"--freeze is for --method {' and '.join(ROUTED)}: {args.method} would have nothing to train "
                          f"(lora freezes by itself).")
@@ -315,7 +320,7 @@ def write_config(args, model):
     if shutil.which("git"):
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = found.stdout.strip() or None
-    config = {**vars(args), "trained_parameters": trained, "layer_used": model.layer,
+    config = {**vars(args), "trained_parameters": trained, "layer_used": model.settings.layer,
               "python": platform.python_version(), "torch": torch.__version__,
               "transformers": transformers.__version__, "commit": commit}
     Path(args.out, "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -364,7 +369,8 @@ def over_gpus(args, model, device):
 
 def rng_state(device):
     """The states of the random generators that a step draws from, the CPU's and the device's -> [tensor]"""
-    return [torch.get_rng_state()] + [torch.get_device_module(device).get_rng_state()] * (device.type != "cpu")
+    device_state = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *device_state]
 
 
 def save_state(args, step, spread, optimizer, schedule, device):
@@ -403,7 +409,7 @@ def train(args, model, rows, state, device):
     per_step = args.batch_size * args.accumulate * world
     per_epoch = math.ceil(len(rows) / per_step)
     steps = args.epochs * per_epoch
-    warmup, look_every = max(1, steps // 20), max(4, steps // 25)
+    warmup, look_every = max(1, steps // 20), args.look_every or max(1, steps // 100)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1))
     if world > 1:
         torch.manual_seed(args.seed + rank)  # every process draws codes of its own
