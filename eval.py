@@ -302,9 +302,9 @@ def load_run(run, device="cpu"):
 def load_data(config):
     """The splits of a run as its model reads them, from its settings. -> dict as `data.load` gives it"""
     names = ("n", "val", "test", "seed", "data_dir", "digits", "ops", "nines")
-    splits = data.load(config["data"], **{name: config[name] for name in names})
+    splits = data.load(config["data"], **{name: config[name] for name in names if name in config})
     if config["method"] == "pause":
-        splits = {split: baselines.with_pauses(examples, config["pauses"]) for split, examples in splits.items()}
+        splits = {split: baselines.with_pauses(examples, config.get("pauses", 10)) for split, examples in splits.items()}
     return splits
 
 
