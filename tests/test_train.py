@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, modeling_utils
 
 import baselines
+import compare
 import data
 import eval as evaluation
 import train
@@ -290,10 +291,11 @@ def test_eval_compares_runs_in_pairs(folder, tmp_path, monkeypatch, capsys):
     runs = [f"runs/little-arithmetic-sft-s{seed}" for seed in (0, 1)]
     capsys.readouterr()
     evaluation.main([*runs, "--test", "7"])
-    printed = capsys.readouterr().out
-    assert "7 test examples" in printed
-    rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("arithmetic ")}
-    assert list(rows) == ["little-arithmetic-sft-s0", "little-arithmetic-sft-s1"]  # no base: it answered 12
+    assert capsys.readouterr().out.count("7 test examples") == 2
+    compare.main([*runs, "--against", runs[0]])
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("arithmetic ")}
+    assert list(rows) == ["base", "little-arithmetic-sft-s0", "little-arithmetic-sft-s1"]
+    assert "on 7 of 12 questions" in rows["base"] and "questions" not in rows["little-arithmetic-sft-s1"]
     assert "not a finished run" in call(evaluation.main, "runs")
 
 
@@ -490,6 +492,34 @@ def test_batched_answers_equal_single_ones(folder):
     assert all(len(row["ids"]) <= 9 for row in batched[0])
 
 
+def test_answers_are_greedy_whatever_the_lm_brings_along(folder):
+    """Generation settings that come with a model, as many do, would otherwise sample, and another answer each time."""
+    model, tokenizer = little_model(folder, num_codes=4, chunk_size=3, scale=1.0)
+    examples = data.arithmetic(4)
+    plain = evaluation.answer(model, tokenizer, examples, max_new_tokens=6, batch_size=4)[0]
+    model.lm.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=5.0)
+    assert evaluation.answer(model, tokenizer, examples, max_new_tokens=6, batch_size=4)[0] == plain
+    for example, found in zip(examples, plain):
+        ids = tokenizer(example.prompt).input_ids
+        for _ in range(6):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        said = ids[-6:]
+        assert found["ids"] == said[: said.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else 6]
+
+
+def test_auto_takes_the_best_device_there_is(monkeypatch):
+    for cuda, mps, name in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        assert evaluation.choose_device().type == name
+
+
+def test_off_a_terminal_a_run_says_little(folder, tmp_path):
+    done = run("--model", folder, *SUMS, "--test", "2", cwd=tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "\r" not in said and "\x1b" not in said and len(said.splitlines()) < 25
+
+
 def test_another_examples_codes_really_steer(folder):
     model, tokenizer = little_model(folder, num_codes=4, chunk_size=3, scale=1.0)
     examples = data.arithmetic(6)
@@ -572,5 +602,8 @@ def test_prompts_and_answers_fit_the_context(folder):
                               eos_token_id=tokenizer.eos_token_id, pad_token_id=0)[0, 26:].tolist()
     expected = expected[: expected.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in expected else expected
     assert short[2]["text"] == tokenizer.decode(expected, skip_special_tokens=True)  # the prompt was not cut
+    prompts, room = evaluation.encode_to_answer(model, tokenizer, examples, 60)
+    whole = tokenizer(examples[3].prompt).input_ids  # 62 tokens: its end stays, where the question is
+    assert prompts[3] == whole[-32:] and prompts[2] == tokenizer(examples[2].prompt).input_ids and room == 32
     long, _ = evaluation.answer(model, tokenizer, examples, max_new_tokens=60, batch_size=4)
     assert all(len(row["ids"]) <= 32 for row in long)
