@@ -136,7 +136,7 @@ def test_activity_of_a_known_codebook(model, known):
     codes = analyze.router_codes(model, known[2], batch_size=3)
     assert codes.tolist() == known_codes("on")
     model = copy.deepcopy(model)
-    model.scale, model.unit = 0.5, torch.tensor(2.0)  # of alpha: the same push as without them
+    model.settings.scale, model.unit = 0.5, torch.tensor(2.0)  # of alpha: the same push as without them
     found = analyze.activity(model, codes, known[2], batch_size=3)
     a = analyze.activity(model, codes[:6], known[2][:6], batch_size=3)
     shares = np.array([6, 2, 6, 2]) / 16
