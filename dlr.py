@@ -595,7 +595,7 @@ class DLRModel(nn.Module):
 
         def before(backbone, args, kwargs):
             cache = _cache(args, kwargs)
-            call.update(start=getattr(cache, "dlr_end", 0), grid=getattr(cache, "dlr_grid", None))
+            call.update(start=getattr(cache, "dlr_end", 0), grid=getattr(cache, "dlr_grid", None), steered=False)
             if cache is not None and _length(cache) != call["start"]:
                 raise ValueError("This cache was filled without steering, or shortened since: generate from the text.")
 
@@ -604,10 +604,12 @@ class DLRModel(nn.Module):
             if start != call["end"] if call["cached"] else end <= call["end"]:
                 raise RuntimeError(f"{named} decodes {hidden.shape[1]} tokens without the cache of those before.")
             token_codes, call["grid"] = self._extend(call["grid"], hidden, start, pads)
-            call["end"] = end
+            call.update(end=end, steered=True)
             return _with(hidden + self.vectors(token_codes, hidden.dtype), output)
 
         def after(backbone, args, output):
+            if not call["steered"]:
+                raise RuntimeError(f"{named} left out block {self.settings.layer}, which is to be steered.")
             cache = _cache(output.values(), {})
             call["cached"] = cache is not None
             if call["cached"]:
@@ -624,7 +626,7 @@ class DLRModel(nn.Module):
             for hook in hooks:
                 hook.remove()
         if not call["end"]:
-            raise RuntimeError(f"{named} generated without a run of the block that is to be steered.")
+            raise RuntimeError(f"{named} generated without its backbone, {type(self.backbone).__name__}.")
 
     def _extend(self, grid, hidden, start, pads):
         """Route the chunks that begin among q new tokens -> their codes (B', q), and the grid of codes (B', M) so far.
