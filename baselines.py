@@ -77,7 +77,7 @@ def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
     count = min(1000 * batch_size, all_sums // 4)
     rows, _, _ = data.encode(data.arithmetic(count, args.digits, args.ops, 0.0, args.seed, held_out), tokenizer)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3 * narrow, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    bar = tqdm(range(most_steps), "teaching the tiny LM easy sums (kept for later runs)")
+    bar = tqdm(range(most_steps), "teaching the tiny LM easy sums (kept for later runs)", disable=None)
     average, left = 2.5, last_steps
     for step in bar:
         optimizer.param_groups[0]["lr"] = 2e-3 * narrow * min((step + 1) / 20, left / last_steps)

@@ -424,7 +424,7 @@ class DLRModel(nn.Module):
                 checks = probe._restated(ids, mask, codes)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{self._named} cannot be steered: {reason}") from error
+            raise ValueError(f"{self._named} cannot be steered: {reason.rstrip('.')}.") from error
         tolerance = max(1e-3, torch.finfo(self.dtype).eps ** 0.5)
         for what, got, expected in checks:
             off, near = (got - expected).abs().max(), tolerance * expected.abs().max()

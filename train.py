@@ -43,7 +43,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-progress = tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baselines
@@ -417,12 +416,12 @@ def train(args, model, rows, state, device):
     log_path = Path(args.out, "log.jsonl") if rank == 0 else Path(os.devnull)
     lines = log_path.read_text().splitlines()[:first] if log_path.is_file() else []  # steps after the state are redone
     log_path.write_text("".join(line + "\n" for line in lines))
-    interrupted, warned = [], False
+    interrupted, warned, said = [], False, time.time()
     handlers = {sig: signal.signal(sig, lambda *_: interrupted.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
     model.train()
     try:
-        with open(log_path, "a", buffering=1) as log, progress(total=steps, initial=first, desc=args.method,
-                                                               disable=rank > 0) as bar:
+        with open(log_path, "a", buffering=1) as log, tqdm(total=steps, initial=first, desc=args.method,
+                                                           disable=True if rank else None) as bar:
             for step in range(first, steps):
                 epoch, place = divmod(step, per_epoch)
                 order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
@@ -432,8 +431,12 @@ def train(args, model, rows, state, device):
                 schedule.step()
                 stop = line.pop("interrupted")
                 log.write(json.dumps({"step": step, "epoch": epoch, **line}) + "\n")
-                bar.set_postfix({name: f"{line[name]:.3g}" for name in SHOWN if name in line}, refresh=False)
+                shown = {name: f"{line[name]:.3g}" for name in SHOWN if name in line}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
+                if bar.disable and time.time() > said + 10:  # not a terminal
+                    said = time.time()
+                    print(f"step {step + 1} of {steps}:", *(f"{name} {value}" for name, value in shown.items()))
                 if step >= warmup and not warned and selects_by_rounding(args, line):
                     warned = True
                     bar.write(f"Warning, step {step}: the rollouts' log-likelihoods lie {line['spread']:.2g} nats "
