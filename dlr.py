@@ -256,8 +256,9 @@ class DLRModel(nn.Module):
         codes = self.argmax(trunk) if codes is None else codes
         logits, loss = self._above(self.lm, trunk, codes).logits, None  # (B * R, T, V)
         if labels is not None:
-            targets = targets_of(trunk, labels).repeat_interleave(len(logits) // len(labels), 0)
-            tokens = (targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+            repeats = len(logits) // len(labels)
+            targets = targets_of(trunk, labels).repeat_interleave(repeats, 0)
+            tokens = (targets >= 0).sum() if num_items_in_batch is None else repeats * num_items_in_batch
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum") / tokens
         return Output(loss=loss, logits=logits.view(*codes.shape[:-1], *logits.shape[1:]))
 
