@@ -2,6 +2,7 @@
 
     python figures.py runs/tiny-arithmetic-dlr-s0 --out figures     # curves, usage, interventions, purity, topics
     python figures.py runs/tiny-arithmetic-dlr-s0 --show 3 --html codes.html   # answers in colours of codes
+    python figures.py --method --out figures                        # how the method works: no run is needed
 
 --out draws what `python analyze.py RUN` found, beside the curves of the training log. --show and --html read the
 answers that train.py or eval.py last saved.
@@ -207,7 +208,10 @@ def draw_topics(figure, run, analysis):
              0.27, color=ink, label=name)
     axes.set_yticks(np.arange(len(topics)), topics)
     axes.invert_yaxis()
-    axes.set(xlabel="strict accuracy (%, 95% intervals)", title="Accuracy by topic")
+    gain = {topic: 100 * (found["on"]["topics"][topic][0] - found["off"]["topics"][topic][0]) for topic in topics}
+    most, least = max(gain, key=gain.get), min(gain, key=gain.get)
+    axes.set(xlabel="strict accuracy (%, 95% intervals)",
+             title=f"Codes change accuracy by {gain[most]:+.1f} points in {most}, {gain[least]:+.1f} in {least}")
     figure.legend(loc="outside lower center", ncols=3)
 
 
@@ -228,6 +232,71 @@ def plots(run, analysis, folder):
             else:
                 figure.savefig(Path(folder, f"{name}.png"), dpi=150)
     return left_out
+
+
+def draw_method(figure, run=None, analysis=None):
+    """How DLR works: text in chunks, their codes added at one layer; a step that searches, selects and updates."""
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 15), ylim=(0, 6.6))
+    axes.axis("off")
+    ink = {2: BLUE, 7: ORANGE, 5: GREEN, 0: RED}  # of codes
+    say = lambda x, y, text, **look: axes.text(x, y, text, va="center", **{"ha": "center", "fontsize": 11, **look})
+    arrow = lambda start, end, **look: axes.annotate("", end, start, arrowprops=dict(
+        arrowstyle="-|>", **{"color": GREY, "linewidth": 1, **look}))
+
+    def box(x, y, width, height, colour, alpha=1.0, edge="none"):
+        from matplotlib.patches import FancyBboxPatch
+
+        axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.09", edgecolor=edge,
+                                      facecolor=(colour, alpha), linewidth=1.5))
+
+    tokens, codes = "Two hens lay 3 eggs each . All : 2x3 = 6".split(), (2, 7, 5)
+    x = [0.3 + 0.72 * i + 0.18 * (i // 4) for i in range(len(tokens))]
+    for y, words in ((1.25, "the blocks below run once"), (4.15, "the blocks above run once for each code sequence")):
+        box(0.25, y, 9.05, 0.7, GREY, 0.2)
+        say(4.78, y + 0.35, words)
+    for i, token in enumerate(tokens):
+        colour, first = ink[codes[i // 4]], i % 4 == 0
+        box(x[i], 0.45, 0.66, 0.5, colour, 0.35)
+        say(x[i] + 0.33, 0.7, token, weight="bold" if i > 8 else "normal")
+        for low, high in ((0.95, 1.25), (3.75, 4.15), (4.85, 5.15)) + (() if first else ((1.95, 3.15),)):
+            arrow((x[i] + 0.33, low), (x[i] + 0.33, high))
+        axes.plot(x[i] + 0.33, 2.33, "o", color="white", markeredgecolor=colour, markersize=14, zorder=4)
+        say(x[i] + 0.33, 2.33, "h", fontsize=10, zorder=5, weight="bold" if first else "normal")
+        if first:  # what the router reads
+            arrow((x[i] + 0.33, 1.95), (x[i] + 0.33, 2.2))
+            arrow((x[i] + 0.33, 2.5), (x[i] + 0.33, 3.15), color=colour, linewidth=3)
+            box(x[i], 3.15, 2.82, 0.6, colour, 0.6)
+            say(x[i] + 1.41, 3.45, f"code {codes[i // 4]}:  h + \u03b1 e[{codes[i // 4]}]")
+            say(x[i] + 0.5, 2.8, "router", ha="left", fontsize=10, zorder=6,
+                bbox=dict(facecolor="white", edgecolor="none", pad=1))
+    say(0.25, 0.18, "text in chunks of K = 4 tokens (bold: the answer)", ha="left", fontsize=10)
+    say(4.78, 5.35, "log p(answer | codes)")
+    say(0.25, 6.2, "A code steers each chunk, from one layer on", ha="left", fontsize=13, weight="bold")
+
+    say(9.95, 6.2, "Training: search, select, update", ha="left", fontsize=13, weight="bold")
+    say(9.95, 5.55, "1  search: draw N code sequences", ha="left")
+    for row, (drawn, score) in enumerate((((2, 0, 5), 3.1), ((2, 7, 5), 2.2), ((7, 2, 0), 4.0), ((2, 7, 0), 2.9))):
+        y = 4.85 - 0.5 * row
+        for place, code in enumerate(drawn):
+            box(10.35 + 0.72 * place, y - 0.19, 0.62, 0.38, ink[code], 0.6)
+            say(10.66 + 0.72 * place, y, code)
+        say(12.75, y, f"log p = \u2212{score}", ha="left")
+    box(10.23, 4.09, 4.3, 0.52, "white", 0.0, edge="black")
+    say(9.95, 2.75, "2  select: the likeliest is a*", ha="left")
+    say(9.95, 2.1, "3  update LM, codebook, router on", ha="left")
+    say(10.35, 1.58, "\u2212 log p(x)  \u2212 log p(x | a*)", ha="left")
+    say(10.35, 1.12, "\u2212 \u03b1' log p(a* | x)  + prior", ha="left")
+    say(10.35, 0.6, "Without the answer, a chunk takes\nits router's likeliest code.", ha="left", fontsize=10)
+
+
+def method(folder):
+    """Draw how DLR works as `method.png` into `folder`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.4))
+    draw_method(figure)
+    figure.savefig(Path(folder, "method.png"), dpi=150)
 
 
 def saved_analysis(run):
@@ -259,13 +328,18 @@ def parse_args(argv=None):
     """What to draw. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"figures.py: {message}; see --help.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder(s) written by train.py, with codes")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder(s) written by train.py, with codes")
+    parser.add_argument("--method", action="store_true", help="draw how the method works, for which --out is enough")
     parser.add_argument("--out", metavar="DIR", help="draw PNGs (with several runs: in DIR/<name of the run>)")
     parser.add_argument("--show", type=int, metavar="N", help="print the first N answers in the colours of their codes")
     parser.add_argument("--html", metavar="FILE", help="the same as a page (N: 20 without --show)")
     args = parser.parse_args(argv)
     if args.show is not None and args.show < 1:
         parser.error(f"--show is {args.show}, it must be at least 1")
+    if args.method and not args.out:
+        parser.error("--method wants a folder to draw into: --out DIR")
+    if not (args.runs or args.method):
+        parser.error("no RUN is given, the folder of a run")
     if not (args.out or args.show or args.html):
         parser.error("nothing is asked for: give --out DIR, --show N or --html FILE")
     return args
@@ -273,6 +347,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args, sections, left_out = parse_args(argv), [], []
+    if args.method:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        method(args.out)
     for run in args.runs:
         try:
             if args.show or args.html:

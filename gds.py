@@ -427,14 +427,20 @@ def scaling(problems=10):
             print(f"{kernel:14}{mode:6}{S:5}{A:5}{T:5}{len(trace) / problems:12.0f}{seconds / problems:9.3f}")
 
 
-def main():
+def parse_args(argv=None):
+    """What to check or measure. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(description="Optimality check of General Dijkstra Search, and two examples.")
     parser.error = lambda message: sys.exit(f"gds.py: {message}; see --help.")
     parser.add_argument("--instances", type=int, default=600, help="random dynamic MDPs per row of the check's table")
     parser.add_argument("--scaling", action="store_true", help="print expansions and seconds against size instead")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.instances < 1:
         parser.error(f"--instances is {args.instances}, it must be at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
     if args.scaling:
         return scaling()
     errors = check(args.instances)

@@ -3,6 +3,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -142,6 +143,17 @@ def test_figures_are_drawn(analysed, tmp_path, capsys):
         assert picture.shape[:2] == (750, 1125) and picture[..., :3].std() > 0.05, name
 
 
+def test_the_method_is_drawn_without_a_run(tmp_path, capsys):
+    figures.main(["--method", "--out", str(tmp_path / "figures")])
+    (drawn,) = (tmp_path / "figures").iterdir()
+    picture = imread(drawn)[..., :3]
+    assert drawn.name == "method.png" and drawn.stat().st_size < 150_000 and capsys.readouterr().out == ""
+    assert picture.shape[:2] == (660, 1500) and picture.std() > 0.05
+    colours, counts = np.unique((255 * picture).round().reshape(-1, 3), axis=0, return_counts=True)
+    tinted = colours[(counts > 5000) & (np.ptp(colours, axis=1) > 50)]
+    assert len(tinted) >= 6  # text and bars of three chunks, each in the colour of its code
+
+
 def test_what_is_left_out_is_named(analysed, tmp_path, capsys):
     found = figures.saved_analysis(analysed)
     for row in found["interventions"].values():
@@ -166,7 +178,8 @@ def test_a_run_that_lacks_something_is_told_what_to_do(analysed, tmp_path, capsy
 
 
 @pytest.mark.parametrize("flags, word", [(["run"], "--out DIR"), (["run", "--show", "0"], "--show is 0"), ([], "RUN"),
-                                         (["run", "--plots", "x"], "--plots")])
+                                         (["run", "--plots", "x"], "--plots"),
+                                         (["--method"], "--out DIR"), (["--out", "x"], "RUN")])
 def test_mistakes_get_one_sentence(flags, word):
     with pytest.raises(SystemExit) as stopped:
         figures.main(flags)
