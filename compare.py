@@ -1,8 +1,8 @@
 """Compare finished runs, from the answers that they hold: paired by test example and by seed, with intervals.
 
-    python compare.py --against runs/sft-s0 runs/dlr-s0 runs/sft-s0              # two runs
-    python compare.py --seeds --against runs/sft-s0 runs/*-s?                    # runs that differ in seed only are one row
-    python compare.py --seeds --by nll --against runs/sft-s0 runs/*-s?           # the same in NLL instead of accuracy
+    python compare.py --against runs/sft-s0 runs/dlr-s0 runs/sft-s0                   # two runs
+    python compare.py --seeds --against runs/sft-s0 runs/{dlr,sft}-s{0..4}            # seeds joined: one row a method
+    python compare.py --seeds --by nll --against runs/sft-s0 runs/{dlr,sft}-s{0..4}   # in NLL instead of accuracy
 
 A difference, of accuracy or of NLL, is taken example by example, then averaged: a bootstrap over examples gives its
 interval and p value (eval.py), the spread over seeds its standard error. Rows are compared on the questions that both
