@@ -300,9 +300,10 @@ def test_generation_refuses_what_it_would_get_wrong():
     ids, mask = pad(texts(), "right")
     with pytest.raises(ValueError, match="left"):
         model.generate(ids, mask, max_new_tokens=2)
-    cache = model.lm(ids, use_cache=True).past_key_values
+    output = model.lm(ids, use_cache=True)
+    name = "cache" if "cache" in output else "past_key_values"  # as before transformers 5.24
     with pytest.raises(ValueError, match="without steering"):
-        model.generate(torch.cat([ids, ids], 1), past_key_values=cache, max_new_tokens=2)
+        model.generate(torch.cat([ids, ids], 1), max_new_tokens=2, **{name: output[name]})
     assert not hooks_of(model)
 
 
