@@ -1,7 +1,7 @@
-"""What the codes do in a trained model: switch them off, exchange them, count them, read them in colour.
+"""What the codes do in a trained model, in numbers: switch them off, exchange them, count them.
 
     python analyze.py runs/tiny-arithmetic-dlr-s0                                     # --interventions and --codes
-    python analyze.py runs/tiny-arithmetic-dlr-s0 --swap --show 3 --html codes.html --plots plots
+    python analyze.py runs/tiny-arithmetic-dlr-s0 --swap --search
 
 --interventions answers the test set, and scores its reference responses, under seven conditions, paired by example:
 
@@ -30,14 +30,13 @@ argmax, who does not see the text's answer, makes of it.
 
 Sources: code n-grams, swaps and interventions after "Dynamic Latent Routing", arXiv 2605.14323 (2026); p = (1 + null as
 pure) / (1 + all) after Phipson and Smyth (2010); the labels of digits after Quirke et al. (see data.py). All that is
-printed goes to "analysis" in the run's metrics.json.
+printed goes to "analysis" in the run's metrics.json; figures.py draws it.
 """
 import argparse
-import html
-import itertools
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +47,9 @@ from scipy.stats import entropy
 import data
 from eval import (KEEP, OFF, answer, batches, choose_device, encode_to_answer, interval, load_data, load_run,
                   others_codes, reference_rows, response_nll, router_codes)
+from search import beam_search
 
 PASSES_ON, CARRIED = ("US", "SS", "UD", "ME"), ("US", "UC", "UD", "UB")  # labels of data.subtasks
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # colour-blind-safe (Okabe, Ito)
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Answers in the colours of their codes</title><style>
-body {{ max-width: 60em; margin: 2em auto; padding: 0 1em; font: 16px/1.5 sans-serif; color: #111; background: #fff }}
-pre {{ font: 15px/1.7 monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
-h3 {{ font-size: 1em; margin: 1.5em 0 0 }} .answer {{ font-weight: bold }} span {{ padding: 0.1em 0 }}
-</style></head><body>
-<p>Each chunk has the colour of the code that steers it (hover for its number; white: none). Answers are bold.</p>
-{}</body></html>
-"""
 
 
 def conditions(codes, prompt_lengths, chunk_size):
@@ -87,11 +77,10 @@ def interventions(model, tokenizer, examples, on, rows, seed=0, **settings):
     on: (predictions, codes) of `answer` without intervention; rows: the reference texts; `settings` go to `answer`.
     Intervals are (mean, low, high); changes are differences to "on", paired by example."""
     prompts, room = encode_to_answer(model, tokenizer, examples, settings["max_new_tokens"])
-    prompts = list(map(len, prompts))
-    width = -(-(max(prompts) + room) // model.chunk_size)  # an answer may get longer than it is with "on"
+    width = -(-(max(map(len, prompts)) + room) // model.settings.chunk_size)  # an answer may get longer than it is with "on"
     codes = F.pad(on[1], (0, max(0, width - on[1].shape[1])), value=KEEP)
-    answered = conditions(codes, prompts, model.chunk_size)
-    scored = conditions(router_codes(model, rows, settings["batch_size"]), [n for _, n in rows], model.chunk_size)
+    answered = conditions(codes, list(map(len, prompts)), model.settings.chunk_size)
+    scored = conditions(router_codes(model, rows, settings["batch_size"]), [n for _, n in rows], model.settings.chunk_size)
     topics, result, before = [example.topic for example in examples], {}, None
     for name, use in answered.items():
         torch.manual_seed(seed)
@@ -109,13 +98,6 @@ def interventions(model, tokenizer, examples, on, rows, seed=0, **settings):
     return result
 
 
-def swapped(k, num_codes):
-    """An intervention that leaves all codes but k, and puts one of the others, each as likely, in the place of k."""
-    def intervention(codes):
-        return torch.where(codes == k, (codes + torch.randint_like(codes, 1, num_codes)) % num_codes, codes)
-    return intervention
-
-
 def swap(model, tokenizer, examples, on, seed=0, **settings):
     """Swap every used code for random others -> {"codes": {code: {share, change, topics}}, "mean": mean change}.
 
@@ -124,9 +106,10 @@ def swap(model, tokenizer, examples, on, seed=0, **settings):
     codes, topics, result = on[1], [example.topic for example in examples], {}
     for k in codes[codes >= 0].unique().tolist():
         touched = (codes == k).any(1).nonzero()[:, 0].tolist()  # where k never steers, the answer stays
+        other = lambda codes: (codes + torch.randint_like(codes, 1, model.settings.num_codes)) % model.settings.num_codes
         torch.manual_seed(seed)
-        predictions, _ = answer(model, tokenizer, [examples[i] for i in touched], swapped(k, model.num_codes),
-                                label=f"without code {k}", **settings)
+        predictions, _ = answer(model, tokenizer, [examples[i] for i in touched], label=f"without code {k}", **settings,
+                                intervention=lambda codes, k=k: torch.where(codes == k, other(codes), codes))
         after = before.copy()
         after[touched] = [prediction["strict"] for prediction in predictions]
         result[str(k)] = {"share": (codes == k).sum().item() / (codes >= 0).sum().item(),
@@ -143,16 +126,17 @@ def activity(model, codes, rows, batch_size):
     is often a hundred times as long as the others (an attention sink)."""
     norms = []
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
-        input_ids, mask, _ = data.collate([rows[i] for i in batch], device=model.codebook.device)
-        norms.append(model.trunk(input_ids, mask).hidden.float().norm(dim=-1)[:, 1:][mask[:, 1:].bool()].cpu())
+        texts = data.collate([rows[i] for i in batch], device=model.device)
+        trunk, later = model.trunk(texts["input_ids"], texts["attention_mask"]), texts["attention_mask"][:, 1:].bool()
+        norms.append(trunk.hidden.float().norm(dim=-1)[:, 1:][later].cpu())
     typical = torch.cat(norms).median().item()
     taken = codes[codes >= 0].numpy()  # (steered chunks,)
-    uses = np.bincount(taken, minlength=model.num_codes)  # (C,)
+    uses = np.bincount(taken, minlength=model.settings.num_codes)  # (C,)
     vectors = model.codebook.detach().double().cpu().numpy()  # (C, H)
     length = np.linalg.norm(vectors, axis=1)
     unit = vectors[(uses > 0) & (length > 0)] / length[(uses > 0) & (length > 0), None]
     cosines = (unit @ unit.T)[~np.eye(len(unit), dtype=bool)]
-    push = model.scale * model.unit.item() * length / typical
+    push = model.settings.scale * model.unit.item() * length / typical
     bits = float(entropy(uses, base=2))
     return {"uses": uses.tolist(), "used": float((uses > 0).mean()), "entropy": bits, "effective": 2**bits,
             "cosine": float(cosines.mean()) if len(cosines) else None, "state_norm": typical,
@@ -231,7 +215,7 @@ def digit_chunks(tokenizer, examples, rows, chunk_size):
 
 def digit_information(model, tokenizer, examples, rows, codes, batch_size, seed=0, routers=5, shuffles=20):
     """What codes tell of the answer digits of sums -> {label: {bits, possible, random_router, null}}; None as above."""
-    chunks = digit_chunks(tokenizer, examples, rows, model.chunk_size)
+    chunks = digit_chunks(tokenizer, examples, rows, model.settings.chunk_size)
     if chunks is None:
         return None
     of_digits = lambda codes: np.take_along_axis(codes.numpy(), chunks, axis=1)  # (n, digits)
@@ -262,41 +246,30 @@ def search_gap(model, rows, batch_size, seed=0, most=64):
 
     NLL in nats per response token of the reference texts, under the best of n rollouts and the best of a beam n wide;
     "optimum" (None where the codes have more than 4096 sequences) drops no prefix but at the last chunk."""
-    numbers = [2**i for i in range(most.bit_length())]
-    names = ["argmax", "off", "optimum", *(("rollouts", n) for n in numbers), *(("beam", n) for n in numbers)]
-    total, tokens = dict.fromkeys(names, 0.0), 0
+    numbers, total, tokens = [2**i for i in range(most.bit_length())], Counter(), 0  # total: log p by what found it
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
-        input_ids, mask, response = data.collate([rows[i] for i in batch], device=model.codebook.device)
-        trunk = model.trunk(input_ids, mask)
-        generator = torch.Generator(input_ids.device).manual_seed(seed)
-        found = model.search(input_ids, response, most, trunk=trunk, generator=generator)
-        argmax = found.logits.argmax(-1)[:, None]  # (B, 1, M)
-        plain = model.search(input_ids, response, torch.cat([argmax, torch.full_like(argmax, -1)], 1), trunk=trunk)
-        for name, score in zip(("argmax", "off"), plain.log_likelihood.T):
-            total[name] -= score.sum().item()
-        for n in numbers:
-            total["rollouts", n] -= found.log_likelihood[:, :n].max(1).values.sum().item()
-            beam = model.beam_search(input_ids, response, n, trunk=trunk)
-            total["beam", n] -= beam.log_likelihood[:, 0].sum().item()
-        wide = model.num_codes ** (trunk.real.shape[1] - 1)
-        if wide * model.num_codes > 4096:
-            total["optimum"] = np.nan
-        else:
-            widest = model.beam_search(input_ids, response, wide, trunk=trunk)
-            total["optimum"] -= widest.log_likelihood[:, 0].sum().item()
-        tokens += response[:, 1:].sum().item()
-    nll = {name: value / tokens for name, value in total.items()}
-    return {"n": numbers, "rollouts": [nll["rollouts", n] for n in numbers], "beam": [nll["beam", n] for n in numbers],
+        texts = data.collate([rows[i] for i in batch], device=model.device)
+        trunk, labels = model.trunk(texts["input_ids"], texts["attention_mask"]), texts["labels"]
+        found = model.search(trunk, labels, most, generator=torch.Generator(model.device).manual_seed(seed))
+        beam = lambda n: beam_search(model, trunk, labels, n).log_likelihood[:, 0].sum().item()
+        for name, codes in (("argmax", None), ("off", torch.full_like(found.codes, -1))):
+            total[name] += model.log_likelihood(trunk, labels, codes).sum().item()
+        total.update({("rollouts", n): found.log_likelihood[:, :n].amax(1).sum().item() for n in numbers})
+        total.update({("beam", n): beam(n) for n in numbers})
+        wide = model.settings.num_codes ** (trunk.real.shape[1] - 1)
+        total["optimum"] += np.nan if wide * model.settings.num_codes > 4096 else beam(wide)
+        tokens += (labels[:, 1:] >= 0).sum().item()
+    nll = {name: -value / tokens for name, value in total.items()}
+    return {"n": numbers, **{name: [nll[name, n] for n in numbers] for name in ("rollouts", "beam")},
             "argmax": nll["argmax"], "off": nll["off"], "optimum": None if np.isnan(nll["optimum"]) else nll["optimum"]}
 
 
 def search_text(found):
     """The table of `search_gap` as lines of text."""
     optimum = "too many sequences" if found["optimum"] is None else f"{found['optimum']:.4f}"
-    lines = [f"NLL: off {found['off']:.4f}, router's argmax {found['argmax']:.4f}, optimum {optimum}",
-             "n         " + "".join(f"{n:8}" for n in found["n"])]
-    lines += [f"{name:<10}" + "".join(f"{value:8.4f}" for value in found[name]) for name in ("rollouts", "beam")]
-    return "\n".join(lines)
+    rows = [f"{name:<10}" + "".join(f"{value:8.4f}" for value in found[name]) for name in ("rollouts", "beam")]
+    return "\n".join([f"NLL: off {found['off']:.4f}, router's argmax {found['argmax']:.4f}, optimum {optimum}",
+                      "n         " + "".join(f"{n:8}" for n in found["n"]), *rows])
 
 
 def triple(values, form, factor=1):
@@ -309,9 +282,8 @@ def interventions_text(found):
     lines = [f"{'':<10} {'strict %  (95%)':<20} {'change to on, points':<22} {'cut off %':>9}   "
              f"{'NLL, nats a token':<24} change to on"]
     for name, row in found.items():
-        change, nll_change = triple(row["change"], "{:+5.1f}", 100), triple(row["nll_change"], "{:+.4f}")
-        if name == "on":
-            change = nll_change = ""
+        change = "" if name == "on" else triple(row["change"], "{:+5.1f}", 100)
+        nll_change = "" if name == "on" else triple(row["nll_change"], "{:+.4f}")
         lines.append(f"{name:<10} {triple(row['strict'], '{:5.1f}', 100)} {change:<22} {100 * row['cut_off']:9.1f}   "
                      f"{triple(row['nll'], '{:.4f}'):<24} {nll_change}".rstrip())
     return "\n".join(lines)
@@ -351,192 +323,6 @@ def codes_text(found, min_count):
     return "\n".join(lines)
 
 
-def pieces(tokenizer, ids, prompt_length, codes, chunk_size):
-    """Cut a text where chunks begin and where its prompt ends -> [(text, code, whether it is answer)], -1 for no code.
-
-    The texts add up to the decoded whole: a character whose bytes are split goes to the piece that completes it."""
-    borders = sorted({*range(0, len(ids), chunk_size), prompt_length, len(ids)})
-    shown, cut = "", []
-    for begin, end in zip(borders, borders[1:]):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if end < len(ids):
-            text = text.rstrip("\ufffd")
-        code = codes[begin // chunk_size] if begin // chunk_size < len(codes) else -1
-        cut.append((text[len(shown):], code, begin >= prompt_length))
-        shown = text
-    return cut
-
-
-def shown(model, tokenizer, examples, on, count, max_new_tokens):
-    """The first answers of `on`, to be shown -> [(pieces of prompt and answer, verdict)], one an example."""
-    prompts, _ = encode_to_answer(model, tokenizer, examples, max_new_tokens)
-    return [(pieces(tokenizer, ids + prediction["ids"], len(ids), codes, model.chunk_size),
-             "right" if prediction["strict"] else f"wrong: the answer is {prediction['answer']}")
-            for ids, prediction, codes in zip(prompts[:count], on[0], on[1].tolist())]
-
-
-def palette():
-    """Light colours (red, green, blue), each 0 to 5 as terminals have them, the next always unlike those before."""
-    light = [rgb for rgb in itertools.product(range(6), repeat=3) if rgb[1] >= 2 and 8 <= sum(rgb) <= 13]
-    taken = [(5, 4, 1)]
-    while len(taken) < len(light):
-        taken.append(max(light, key=lambda rgb: min(sum((a - b) ** 2 for a, b in zip(rgb, other)) for other in taken)))
-    return taken
-
-
-COLOURS = palette()
-
-
-def ansi(text, code, is_answer):
-    """A piece for a terminal of 256 colours: the code's background, black on it; answers bold."""
-    red, green, blue = COLOURS[code % len(COLOURS)]
-    style = ["1"] * is_answer + [f"38;5;16;48;5;{16 + 36 * red + 6 * green + blue}"] * (code >= 0)
-    start = f"\x1b[{';'.join(style)}m" if style else ""
-    # a line ends without colour, else the terminal paints the rest of it
-    return start + text.replace("\n", f"\x1b[0m\n{start}") + "\x1b[0m" * bool(style)
-
-
-def span(text, code, is_answer):
-    """A piece for a browser."""
-    rgb = "".join(f"{55 + 40 * level if level else 0:02x}" for level in COLOURS[code % len(COLOURS)])
-    style = f' style="background:#{rgb}" title="code {code}"' if code >= 0 else ""
-    return f"<span{' class=answer' * is_answer}{style}>{html.escape(text)}</span>"
-
-
-def legend(items, paint):
-    """The codes that occur in the items, each in its colour."""
-    codes = sorted({code for cut, _ in items for _, code, _ in cut if code >= 0})
-    return " ".join(paint(f" {code} ", code, False) for code in codes)
-
-
-def as_text(run, items):
-    """The items as coloured lines for a terminal."""
-    blocks = [f"{number}. {verdict}\n{''.join(ansi(*piece) for piece in cut)}\n"
-              for number, (cut, verdict) in enumerate(items, 1)]
-    title = f"{run}: prompt, and answer in bold, in the colours of the codes {legend(items, ansi)}"
-    return f"{title}\n\n" + "\n".join(blocks)
-
-
-def as_html(run, items):
-    """The items as a section of a page, see PAGE."""
-    blocks = [f"<h3>{number}. {html.escape(verdict)}</h3>\n<pre>{''.join(span(*piece) for piece in cut)}</pre>\n"
-              for number, (cut, verdict) in enumerate(items, 1)]
-    return f"<h2>{html.escape(str(run))}</h2>\n<pre>codes {legend(items, span)}</pre>\n{''.join(blocks)}"
-
-
-def draw_curves(figure, run, analysis):
-    """The loss in training: what the search found, what the router makes of it, and the LM without steering."""
-    path = Path(run, "log.jsonl")
-    lines = list(map(json.loads, path.read_text().splitlines())) if path.is_file() else []
-    off = "off_nll" if any("off_nll" in line for line in lines) else "generalist"
-    axes = figure.subplots()
-    for name, label, ink in ((off, "off", RED), ("mean_nll", "mean of the rollouts", GREY),
-                             ("argmax_nll", "router's argmax", BLUE), ("best_nll", "best rollout", GREEN)):
-        points = np.array([(line["step"], line[name]) for line in lines if line.get(name)])  # some on some steps only
-        if len(points):
-            width = max(1, len(points) // 20)
-            smooth = [np.convolve(column, np.ones(width) / width, "valid") for column in points.T]
-            axes.plot(*points.T, color=ink, alpha=0.2, linewidth=1)
-            axes.plot(*smooth, color=ink, linewidth=2, label=label)
-    if not axes.lines:
-        return "log.jsonl has no losses under codes"
-    axes.set(xlabel="optimiser step", ylabel="NLL (nats per response token)", title="Loss on training texts")
-    figure.legend(loc="outside lower center", ncols=4)
-
-
-def draw_usage(figure, run, analysis):
-    """Shares of the codes on the reference texts by rank, against the prior 1 / rank."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    activity = analysis["codes"]
-    uses = 100 * np.sort(activity["uses"])[::-1] / sum(activity["uses"])  # (C,), %
-    rank = np.arange(1, len(uses) + 1)
-    axes = figure.subplots()
-    axes.bar(rank[uses > 0], uses[uses > 0], color=BLUE, label="codes")
-    axes.plot(rank, 100 / rank / (1 / rank).sum(), "o-", color=ORANGE, label="prior: 1 / rank")
-    axes.set(yscale="log", xlabel="rank of the code", ylabel="share of chunks (%)",
-             title=f"{np.sum(uses > 0)} of {len(uses)} codes used, effectively {activity['effective']:.1f}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend()
-
-
-def bars(axes, place, values, height=0.8, **look):
-    """Horizontal bars at `place` with their intervals; values (mean, low, high) as shares, drawn in %."""
-    mean, low, high = 100 * np.array(values).T
-    reach = np.maximum((mean - low, high - mean), 0)
-    axes.barh(place, mean, height, xerr=reach, error_kw=dict(capsize=3, ecolor="#333333"), **look)
-
-
-def draw_interventions(figure, run, analysis):
-    """Accuracy under the seven conditions."""
-    found = analysis["interventions"]
-    axes = figure.subplots()
-    inks = [BLUE if name == "on" else RED if name.startswith("off") else ORANGE for name in found]
-    bars(axes, np.arange(len(found)), [row["strict"] for row in found.values()], color=inks)
-    axes.set_yticks(np.arange(len(found)), found)
-    axes.invert_yaxis()
-    axes.set(xlabel="strict accuracy (%, 95% intervals)",
-             title="Codes off change accuracy by {:+.1f} points [{:+.1f}, {:+.1f}]".format(
-                 *(100 * value for value in found["off"]["change"])))
-
-
-def draw_purity(figure, run, analysis):
-    """Topic purity of code n-grams and what it has to be held against."""
-    found = {int(n): row for n, row in analysis["codes"].get("purity", {}).items() if row}
-    if not found:
-        return "there is no topic purity to draw"
-    n, rows = list(found), list(found.values())
-    axes = figure.subplots()
-    null = np.array([row["null"] for row in rows]).T
-    axes.fill_between(n, *null, color=GREY, alpha=0.4, label="topics exchanged: mean and 95% quantile")
-    axes.plot(n, null[0], ":", color=GREY)
-    for name, label, ink, style in (("purity", "purity", BLUE, "o-"), ("prior", "topic prior", RED, "s--"),
-                                    ("position_matched", "position-matched", ORANGE, "^-.")):
-        axes.plot(n, [row[name] for row in rows], style, color=ink, label=label)
-    axes.set(xlabel="n, codes in a row", ylabel="share in the n-gram's most frequent topic", xticks=n,
-             title=f"Topic purity of code {n[-1]}-grams: {rows[-1]['purity']:.2f}, by chance {null[0, -1]:.2f}")
-    axes.legend()
-
-
-def draw_topics(figure, run, analysis):
-    """Accuracy on, off and under random codes for each of the twelve most frequent topics."""
-    found = analysis["interventions"]
-    topics = list(found["on"]["topics"])[:12]
-    if not topics:
-        return "its data has no topics"
-    figure.set_figheight(max(5, 2 + 0.45 * len(topics)))
-    axes = figure.subplots()
-    for i, (name, ink) in enumerate({"on": BLUE, "off": RED, "random": ORANGE}.items()):
-        bars(axes, np.arange(len(topics)) + 0.27 * (i - 1), [found[name]["topics"][topic] for topic in topics],
-             0.27, color=ink, label=name)
-    axes.set_yticks(np.arange(len(topics)), topics)
-    axes.invert_yaxis()
-    axes.set(xlabel="strict accuracy (%, 95% intervals)", title="Accuracy by topic")
-    figure.legend(loc="outside lower center", ncols=3)
-
-
-def plots(run, analysis, folder):
-    """Draw curves, usage, interventions, purity and topics into `folder` as PNG -> sentences on what was left out."""
-    import matplotlib  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
-    left_out = []
-    for draw in (draw_curves, draw_usage, draw_interventions, draw_purity, draw_topics):
-        name = draw.__name__.removeprefix("draw_")
-        with matplotlib.rc_context({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}):
-            figure = Figure(figsize=(7.5, 5), layout="constrained")
-            figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches around the axes
-            missing = draw(figure, run, analysis)
-            if missing:
-                left_out.append(f"{run}: {name}.png is not drawn: {missing}.")
-            else:
-                figure.savefig(Path(folder, f"{name}.png"), dpi=150)
-    return left_out
-
-
 def parse_args(argv=None):
     """The settings of an analysis. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -546,9 +332,6 @@ def parse_args(argv=None):
     parser.add_argument("--swap", action="store_true", help="swap each code for random others: change in accuracy")
     parser.add_argument("--codes", action="store_true", help="usage, topic purity, what codes tell of answer digits")
     parser.add_argument("--search", action="store_true", help="what n rollouts and a beam of n find, on 128 texts")
-    parser.add_argument("--show", type=int, metavar="N", help="print the first N answers in the colours of their codes")
-    parser.add_argument("--html", metavar="FILE", help="the same as a page (N: 20 without --show)")
-    parser.add_argument("--plots", metavar="DIR", help="draw PNGs (with several runs: in DIR/<name of the run>)")
     parser.add_argument("--min-count", type=int, default=30, help="how often an n-gram must occur to count")
     parser.add_argument("--test", type=int, help="test examples, 0 = all (default: as in the run)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default: as in the run)")
@@ -557,19 +340,16 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     parser.add_argument("--seed", type=int, default=0, help="of random codes, swaps, permutations, untrained routers")
     args = parser.parse_args(argv)
-    for name in ("show", "min_count", "max_new_tokens", "batch_size"):
+    for name in ("min_count", "max_new_tokens", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
-    if not (args.interventions or args.swap or args.codes or args.search or args.show or args.html or args.plots):
-        args.interventions = args.codes = True
-    if args.plots:
+    if not (args.interventions or args.swap or args.codes or args.search):
         args.interventions = args.codes = True
     return args
 
 
 def load(run, args, device):
     """-> (model, tokenizer, config, what metrics.json holds so far); flags go before the run's own settings.
-
     Raises OSError or ValueError where the run is not finished, has no codes, or needs --max-new-tokens."""
     if Path(run, "config.json").is_file() and not Path(run, "model", "dlr.safetensors").is_file():
         raise FileNotFoundError("it has no codes (no model/dlr.safetensors), so there is nothing to analyse.")
@@ -577,7 +357,7 @@ def load(run, args, device):
     config["batch_size"] = config["eval_batch_size"]
     for name in ("test", "max_new_tokens", "data_dir", "batch_size"):
         config[name] = config[name] if getattr(args, name) is None else getattr(args, name)
-    if not config["max_new_tokens"] and (args.interventions or args.swap or args.show or args.html):
+    if not config["max_new_tokens"] and (args.interventions or args.swap):
         raise ValueError("it was evaluated without answers; say how long they may get with --max-new-tokens.")
     return model, tokenizer, config, json.loads(Path(run, "metrics.json").read_text())
 
@@ -595,13 +375,14 @@ def analyse_codes(model, tokenizer, kept, rows, batch_size, min_count, seed):
     return found
 
 
-def analyse(args, model, tokenizer, examples, on, kept, rows, **settings):
-    """Run and print the analyses of numbers that were asked for -> {name: what was found}, for metrics.json."""
-    found = {}
+def analyse(args, model, tokenizer, examples, kept, rows, **settings):
+    """Run and print the analyses that were asked for -> {name: what was found}, for metrics.json."""
+    found, answered = {}, args.interventions or args.swap
+    on = answer(model, tokenizer, examples, label="on", **settings) if answered else None
     if args.interventions:
         found["interventions"] = interventions(model, tokenizer, examples, on, rows, args.seed, **settings)
         print(interventions_text(found["interventions"]), end="\n\n")
-    if args.swap and model.num_codes == 1:
+    if args.swap and model.settings.num_codes == 1:
         print("One code alone cannot be swapped for another.\n")
     elif args.swap:
         found["swap"] = swap(model, tokenizer, examples, on, args.seed, **settings)
@@ -619,24 +400,16 @@ def write_analysis(run, metrics, found, settings):
     """Put what was found, and the settings it was found with, into the run's metrics.json, beside what is there."""
     before = metrics.get("analysis", {})
     settings = {**before.get("settings", {}), **{name: settings for name in found}}
-    path = Path(run, "metrics.json")
-    part = path.with_suffix(".part")  # a kill cannot leave half of the file
+    part = Path(run, "metrics.part")  # a kill cannot leave half of the file
     part.write_text(json.dumps({**metrics, "analysis": {**before, **found, "settings": settings}}, indent=2) + "\n")
-    os.replace(part, path)
+    os.replace(part, Path(run, "metrics.json"))
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        device = choose_device(args.device)
-        for folder in filter(None, (args.plots, args.html and Path(args.html).parent)):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        sys.exit(f"analyze.py: {error}".splitlines()[0])
-    sections, left_out = [], []
+    args, left_out = parse_args(argv), []
     for run in args.runs:
         try:
-            model, tokenizer, config, metrics = load(run, args, device)
+            model, tokenizer, config, metrics = load(run, args, choose_device(args.device))
             examples = load_data(config)["test"]
             kept, rows = reference_rows(examples, tokenizer, config["max_length"])
             if not rows:
@@ -645,25 +418,11 @@ def main(argv=None):
         except (OSError, ValueError) as error:
             left_out.append(f"analyze.py: {run} is left out: {error}".splitlines()[0])
             continue
-        print(f"{run}: {len(examples)} test examples of {config['data']}, {model.num_codes} codes\n")
+        print(f"{run}: {len(examples)} test examples of {config['data']}, {model.settings.num_codes} codes\n")
         settings = dict(max_new_tokens=config["max_new_tokens"], batch_size=config["batch_size"])
-        count = args.show or (20 if args.html else 0)
-        needed = examples if args.interventions or args.swap else examples[:count]
-        on = answer(model, tokenizer, needed, label="on", **settings) if needed else None
-        found = analyse(args, model, tokenizer, examples, on, kept, rows, **settings)
+        found = analyse(args, model, tokenizer, examples, kept, rows, **settings)
         given = {"test": len(examples), "seed": args.seed, "min_count": args.min_count, **settings}
         write_analysis(run, metrics, found, given)
-        if count:
-            items = shown(model, tokenizer, needed, on, count, config["max_new_tokens"])
-            sections.append(as_html(run, items))
-            if args.show:
-                print(as_text(run, items))
-        if args.plots:
-            folder = Path(args.plots, Path(run).name if len(args.runs) > 1 else "")
-            folder.mkdir(exist_ok=True)
-            print("".join(f"{sentence}\n" for sentence in plots(run, found, folder)), end="")
-    if args.html:
-        Path(args.html).write_text(PAGE.format("\n".join(sections)), encoding="utf-8")
     if left_out:
         sys.exit("\n".join(left_out))
 

@@ -1,8 +1,8 @@
 """What Dynamic Latent Routing is compared with, the tiny LM that it is compared on, and what speed is measured against.
 
-    sft             supervised fine-tuning: the loss of the unsteered LM, no codes. The other methods change the model
-                    or the texts, and then they are SFT as well (train.py):
-    pause           n learned <pause> tokens follow every prompt, in training as at inference. They give the model more
+    sft             supervised fine-tuning: the loss of the unsteered LM, no codes (`Unsteered`). The other methods
+                    change the model or the texts, and then they are SFT as well:
+    pause           ten learned <pause> tokens follow every prompt, in training as at inference. They give the model more
                     positions to compute in before it answers; nothing is predicted at them, so no loss counts them.
                     S. Goyal et al., "Think before you speak: Training Language Models With Pause Tokens", ICLR 2024.
     tokenassorted   A VQ-VAE learns to say a chunk of K tokens in one of C codes. In the training texts a prefix of the
@@ -22,8 +22,10 @@ import ctypes
 import importlib.util
 import math
 import random
+import tempfile
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import data
-from dlr import DLRModel, find_blocks, mean_nll
+from dlr import DLRModel, Output, find_blocks, targets_of
 
 TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
 PAUSE = "<|pause|>"
@@ -58,7 +60,7 @@ def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
     a falling learning rate, after the loss per token first averages less than 0.25 nats."""
     ops = {"+": "sums", "-": "differences", "+-": "both"}[args.ops]
     wide = "" if args.width == 96 else f"-width{args.width}"
-    folder = Path(args.out).parent / f"tiny-{args.digits}digit-{ops}-nines{args.nines:g}{wide}-seed{args.seed}"
+    folder = Path(args.out).parent / f"tiny-{args.digits}digit-{ops}-nines0.5{wide}-seed{args.seed}"
     if (folder / "config.json").is_file():
         return folder
     narrow = 96 / args.width  # what works at 96 works at other widths in these proportions
@@ -68,19 +70,19 @@ def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
         vocab_size=len(tokenizer), n_layer=2, n_embd=args.width, n_head=4, n_positions=32 + 4 * args.digits,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",
         initializer_range=0.05 * narrow**0.5, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)).to(device)
-    model = DLRModel(lm)
+    model = Unsteered(lm).train()
     all_sums = 10 ** (2 * args.digits)
-    held_out = data.arithmetic(min(TINY_HELD_OUT, all_sums // 4), args.digits, args.ops, args.nines, data.HELD_OUT_SEED)
+    held_out = data.arithmetic(min(TINY_HELD_OUT, all_sums // 4), args.digits, args.ops, seed=data.HELD_OUT_SEED)
     held_out = {example.prompt for example in held_out}  # the validation and test sums of any run come first in these
     count = min(1000 * batch_size, all_sums // 4)
     rows, _, _ = data.encode(data.arithmetic(count, args.digits, args.ops, 0.0, args.seed, held_out), tokenizer)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3 * narrow, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    bar = tqdm(range(most_steps), "teaching the tiny LM easy sums (kept for later runs)")
+    bar = tqdm(range(most_steps), "teaching the tiny LM easy sums (kept for later runs)", disable=None)
     average, left = 2.5, last_steps
     for step in bar:
         optimizer.param_groups[0]["lr"] = 2e-3 * narrow * min((step + 1) / 20, left / last_steps)
         batch = [rows[i % len(rows)] for i in range(step * batch_size, (step + 1) * batch_size)]
-        loss = sft_loss(model, *data.collate(batch, device=device))
+        loss = model(**data.collate(batch, device=device)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
@@ -91,19 +93,26 @@ def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
             break
         bar.set_postfix(loss=f"{average:.3f}", refresh=False)
     bar.close()
-    half_written = folder.with_name(folder.name + ".part")
-    lm.save_pretrained(half_written)
-    tokenizer.save_pretrained(half_written)
-    half_written.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as own:  # others may teach it too
+        half_written = Path(own, "model")
+        lm.save_pretrained(half_written)
+        tokenizer.save_pretrained(half_written)
+        with suppress(OSError):  # another one was quicker
+            half_written.rename(folder)
     return folder
 
 
-def sft_loss(model, input_ids, mask, response):
-    """Supervised fine-tuning: the unsteered NLL per response token."""
-    trunk = model.trunk(input_ids, mask)
-    unsteered = trunk.first.new_full(trunk.real.shape, -1)
-    tokens = response[:, 1:].sum()
-    return mean_nll(model.log_likelihood(input_ids, response, unsteered, trunk=trunk), tokens)
+class Unsteered(DLRModel):
+    """An LM without codes, in the place of a `DLRModel`: the loss is the NLL per response token that it has by itself."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None, codes=None, num_items_in_batch=None, **kwargs):
+        unsteered = torch.full_like(input_ids, -1)  # as many codes as there can be chunks
+        if labels is None or not self.training:
+            return super().forward(input_ids, attention_mask, labels, unsteered, num_items_in_batch, **kwargs)
+        trunk = self.trunk(input_ids, attention_mask)
+        tokens = (targets_of(trunk, labels) >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        return Output(loss=-self.log_likelihood(trunk, labels, unsteered).sum() / tokens)
 
 
 def naive_dlr_loss(model, input_ids, mask, response, rollouts):
@@ -231,7 +240,7 @@ def add_tokens(lm, tokenizer, tokens):
         lm.resize_token_embeddings(len(tokenizer))
 
 
-def with_pauses(examples, count):
+def with_pauses(examples, count=10):
     """[Example] with `count` pause tokens after each prompt: as context, they are never counted in a loss."""
     return [replace(example, prompt=example.prompt + count * PAUSE) for example in examples]
 

@@ -327,19 +327,19 @@ def encode(examples, tokenizer, max_length=512):
 
 
 def collate(rows, pad_id=0, device="cpu"):
-    """Rows of `encode`, right-padded -> input_ids (B, T) long, attention_mask (B, T) long, response_mask (B, T) bool.
+    """Rows of `encode`, right-padded -> dict of input_ids, attention_mask, labels, each (B, T) long.
 
-    response_mask is true at the tokens that the loss counts: the response and its eos. Masks are made from lengths,
-    never from ids: many tokenizers pad with their eos token, and that one must be learned.
+    labels are the ids at the tokens that the loss counts, the response and its eos, and -100 elsewhere. Masks are made
+    from lengths, never from ids: many tokenizers pad with their eos token, and that one must be learned.
     """
     lengths = torch.tensor([len(ids) for ids, _ in rows])[:, None]  # (B, 1)
     prompt_lengths = torch.tensor([length for _, length in rows])[:, None]  # (B, 1)
     T = int(lengths.max())
     input_ids = torch.tensor([ids + [pad_id] * (T - len(ids)) for ids, _ in rows])
     position = torch.arange(T)  # (T,)
-    attention_mask = (position < lengths).long()
-    response_mask = (prompt_lengths <= position) & (position < lengths)
-    return input_ids.to(device), attention_mask.to(device), response_mask.to(device)
+    labels = input_ids.masked_fill((position < prompt_lengths) | (position >= lengths), -100)
+    batch = dict(input_ids=input_ids, attention_mask=(position < lengths).long(), labels=labels)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def collate_prompts(prompts, pad_id=0, device="cpu"):

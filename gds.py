@@ -20,6 +20,7 @@ After "Dynamic Latent Routing" (F. Yu, X. Su, A. Abdullah, arXiv 2605.14323, 202
 `python gds.py` checks optimality on thousands of random problems (15 s); with --scaling it shows how searches grow.
 """
 import argparse
+import sys
 import time
 from collections import defaultdict, namedtuple
 from collections.abc import Iterable, Mapping
@@ -428,9 +429,12 @@ def scaling(problems=10):
 
 def main():
     parser = argparse.ArgumentParser(description="Optimality check of General Dijkstra Search, and two examples.")
+    parser.error = lambda message: sys.exit(f"gds.py: {message}; see --help.")
     parser.add_argument("--instances", type=int, default=600, help="random dynamic MDPs per row of the check's table")
     parser.add_argument("--scaling", action="store_true", help="print expansions and seconds against size instead")
     args = parser.parse_args()
+    if args.instances < 1:
+        parser.error(f"--instances is {args.instances}, it must be at least 1")
     if args.scaling:
         return scaling()
     errors = check(args.instances)

@@ -4,12 +4,12 @@
     python train.py --model gpt2 --data gsm8k --n 256                # a model and a data set from the hub
     python train.py --model gpt2 --data gsm8k --n 256 --method sft   # no codes; also pause, tokenassorted, lora
     python train.py --model ./my-model --data ./my.jsonl             # a local folder or file.gguf; prompts, responses
-    python train.py --model gpt2 --data gsm8k --benchmark            # what a step costs, in those of SFT
     torchrun --nproc_per_node=2 -- train.py --model gpt2 --data gsm8k --n 256        # several GPUs
 
 Each step: *search* N code sequences for every text of the batch, *select* the likeliest, *update* LM, codebook and
-router together (equations in dlr.py). The other methods (baselines.py) change the model or the texts, and share all
-else: data, steps, optimiser, log, checkpoint, evaluation. Top to bottom: settings, checks, model, step, loop, end.
+router together: `model(**batch).loss.backward()` (equations in dlr.py). The other methods (baselines.py) change the
+model or the texts, and share all else: data, steps, optimiser, log, checkpoint, evaluation. Top to bottom: settings,
+checks, model, loop, end.
 
 The embedded default is a setting in which codes carry weight: a GPT-2 of two blocks is first taught to add three-digit
 numbers (and kept), the way a pretrained model arrives; then DLR, with that LM frozen, steers it on a little hard
@@ -19,6 +19,7 @@ Under --out: config.json (settings, versions), log.jsonl (a line a step), metric
 Hugging Face folder; DLRModel.from_pretrained loads it) and, until the run has finished, state.pt to resume from.
 """
 import argparse
+import copy
 import json
 import math
 import os
@@ -29,11 +30,12 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import transformers
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_state_dict)
@@ -45,20 +47,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baselines
 import data
-from dlr import DLRModel, find_blocks, mean_nll, save_lm
-from eval import (CONDITIONS, ROUTED, choose_device, conditions_of, evaluate, processes, response_nll, table,
+import search
+from dlr import DLRModel, Settings, typical_norm
+from eval import (CONDITIONS, ROUTED, choose_device, conditions_of, evaluate, gathered, processes, response_nll, table,
                   write_results)
 
 # What --model tiny means unless a flag says otherwise. Found on validation sums; a real LM wants the other defaults.
-EMBEDDED = dict(n=7680, val=500, test=1000, codes=8, chunk=1, layer=0, scale=1.0, rollouts=4, code_lr=1e-1, lr=1e-4,
-                batch_size=64, eval_batch_size=500)
+EMBEDDED = dict(n=7680, val=500, test=1000, num_codes=8, chunk_size=1, layer=0, scale=1.0, rollouts=4, code_lr=1e-1,
+                lr=1e-4, batch_size=64, eval_batch_size=500)
 # What --recipe means unless a flag says otherwise: "paper" are the defaults.
 RECIPES = {"paper": {}, "ours": dict(policy="rloo", alpha_policy=2.0, update_on="argmax", router_norm="rms",
                                     scale_units="hidden")}
 # States are kept whole, whoever holds which part of them, and without what is not trained.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 # what the progress bar shows of a step
-SHOWN = ("loss", "total", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
+SHOWN = ("loss", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
 
 
 def parse_args(argv=None):
@@ -73,15 +76,13 @@ def parse_args(argv=None):
                        help="soft: no search, steered by the router's mixture; sft: no codes; others: baselines.py")
     group.add_argument("--freeze", action=argparse.BooleanOptionalAction, default=False,
                        help="dlr: train codebook and router only (default: train the LM along; tiny: freeze)")
-    group.add_argument("--codes", type=int, default=32, metavar="C", help="size of the codebook; 1 = a static vector")
-    group.add_argument("--chunk", type=int, default=4, metavar="K", help="tokens a chunk")
+    group.add_argument("--codes", type=int, dest="num_codes", metavar="C", help="size of the codebook; 1 = one vector")
+    group.add_argument("--chunk", type=int, dest="chunk_size", metavar="K", help="tokens a chunk")
     group.add_argument("--layer", type=int, help="block whose output is steered, from 0 (default: the middle one)")
-    group.add_argument("--scale", type=float, default=0.1, metavar="ALPHA", help="weight of the added code vectors")
+    group.add_argument("--scale", type=float, metavar="ALPHA", help="weight of the added code vectors")
     group.add_argument("--scale-units", default="absolute", choices=["absolute", "hidden"],
                        help="hidden: ALPHA counts in units of the LM's typical hidden state")
-    group.add_argument("--router-norm", default="none", choices=["none", "rms", "centred"],
-                       help="what the router reads: h, h / rms(h), or the same after the mean of h is taken away")
-    group.add_argument("--pauses", type=int, default=10, help="pause: pause tokens after a prompt")
+    group.add_argument("--router-norm", choices=["none", "rms"], help="what the router reads: h, or h / rms(h)")
     group.add_argument("--lora-rank", type=int, default=8, help="lora: rank of the adapters")
     group.add_argument("--lora-layers", type=int, nargs="+", metavar="L", help="lora: their blocks (default: all)")
     group = parser.add_argument_group("data")
@@ -93,24 +94,22 @@ def parse_args(argv=None):
     group.add_argument("--max-length", type=int, default=512, help="tokens of prompt + answer; what is longer is cut")
     group.add_argument("--digits", type=int, default=3, help="arithmetic: digits of each number")
     group.add_argument("--ops", default="+", choices=["+", "-", "+-"], help="arithmetic: sums, differences, or both")
-    group.add_argument("--nines", type=float, default=0.5, help="arithmetic: share of columns made to carry on")
     group.add_argument("--width", type=int, default=96, help="arithmetic: hidden size of the tiny LM")
     group = parser.add_argument_group("search and loss")
     group.add_argument("--search", default="rollouts", choices=["rollouts", "response", "beam", "exact"],
                        help="response: rollouts of response chunks only; the prompt takes the argmax, computed once; "
                             "beam: left to right, N wide; exact: the best of all C^M sequences, for a few codes only")
-    group.add_argument("--rollouts", type=int, default=8, metavar="N", help="code sequences drawn; 1 = no search")
-    group.add_argument("--rollout-batch", type=int, default=0, metavar="R", help="rollouts scored at once, 0 = all")
-    group.add_argument("--temperature", type=float, default=1.0, metavar="TAU", help="of the draws; 0 = argmax")
-    group.add_argument("--alpha-policy", type=float, default=0.5, help="weight of the router's imitation term")
-    group.add_argument("--alpha-reg", type=float, default=0.1, help="weight of the bigram prior")
-    group.add_argument("--objective", default="full", choices=["full", "specialist"],
-                       help="specialist: without the generalist term, so that only the steered model is taught")
-    group.add_argument("--policy", default="imitate", choices=["imitate", "rloo"],
+    group.add_argument("--rollouts", type=int, metavar="N", help="code sequences drawn; 1 = no search")
+    group.add_argument("--temperature", type=float, metavar="TAU", help="of the draws; 0 = argmax")
+    group.add_argument("--alpha-policy", type=float, help="weight of the router's imitation term")
+    group.add_argument("--alpha-reg", type=float, help="weight of the bigram prior")
+    group.add_argument("--generalist", action=argparse.BooleanOptionalAction,
+                       help="--no-generalist: without the unsteered loss, so that only the steered model is taught")
+    group.add_argument("--policy", choices=["imitate", "rloo"],
                        help="what teaches the router: the search's winner, or all rollouts by their scores")
-    group.add_argument("--update-on", default="best", choices=["best", "argmax", "sample"],
+    group.add_argument("--update-on", choices=["best", "argmax", "sample"],
                        help="codes of the steered term: the search's winner, the router's argmax, or its first draw")
-    group.add_argument("--search-dtype", default="float32", choices=["float32", "bfloat16"],
+    group.add_argument("--search-dtype", choices=["float32", "bfloat16"],
                        help="precision of the search; bfloat16 rounds away what early rollouts differ by")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=1e-5, help="peak learning rate of the LM")
@@ -128,8 +127,6 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     group.add_argument("--out", help="folder of the run (default: runs/<model>-<data>-<method>-s<seed>)")
-    group.add_argument("--benchmark", type=int, default=0, metavar="R", nargs="?", const=3,
-                       help="train nothing: time steps of several kinds R times (default: 3), and generation")
     group.add_argument("--look-every", type=int, metavar="STEPS",
                        help="steps between closer looks at the search, for the log (default: a hundredth of the run)")
     group.add_argument("--save-every", type=int, default=100, help="steps between states to resume from")
@@ -140,7 +137,7 @@ def parse_args(argv=None):
     group.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS, metavar="NAME",
                        help=f"what to evaluate at the end, to save time: of {', '.join(CONDITIONS)} (default: all; the "
                             f"model as trained is always evaluated)")
-    group.add_argument("--eval-batch-size", type=int, default=32, help="prompts answered at once")
+    parser.set_defaults(**{field.name: field.default for field in fields(Settings)}, eval_batch_size=None)
     first_look = parser.parse_known_args(argv)[0]
     if first_look.model == "tiny":
         parser.set_defaults(**EMBEDDED, freeze=first_look.method in ROUTED)
@@ -148,6 +145,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.max_new_tokens is None:
         args.max_new_tokens = args.digits + 13 if args.data == "arithmetic" else 256
+    args.eval_batch_size = args.eval_batch_size or 4 * args.batch_size  # no gradients: more texts fit
     if args.out is None:
         name = lambda text: Path(text).stem if text.endswith((".gguf", ".jsonl")) else Path(text).name
         args.out = f"runs/{name(args.model)}-{name(args.data)}-{args.method}-s{args.seed}"
@@ -156,16 +154,17 @@ def parse_args(argv=None):
 
 def check_settings(args):
     """Raises ValueError for a setting that cannot work, before anything is loaded."""
-    for name in ("codes", "chunk", "rollouts", "batch_size", "accumulate", "epochs", "save_every", "eval_batch_size",
-                 "max_length", "digits", "pauses", "lora_rank"):
+    names = dict(num_codes="codes", chunk_size="chunk")
+    for name in ("num_codes", "chunk_size", "rollouts", "batch_size", "accumulate", "epochs", "save_every",
+                 "max_length", "digits", "lora_rank"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
-    if args.look_every is not None and args.look_every < 1:
-        raise ValueError(f"--look-every is {args.look_every}; it must be at least 1.")
-    for name in ("rollout_batch", "temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale",
-                 "max_new_tokens", "benchmark"):
+            raise ValueError(f"--{names.get(name, name).replace('_', '-')} is {getattr(args, name)}; it must be at "
+                             f"least 1.")
+    for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale", "max_new_tokens"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
+    if args.look_every is not None and args.look_every < 1:
+        raise ValueError(f"--look-every is {args.look_every}; it must be at least 1.")
     if args.freeze and args.method not in ROUTED:
         raise ValueError(f"--freeze is for --method {' and '.join(ROUTED)}: {args.method} would have nothing to train "
                          f"(lora freezes by itself).")
@@ -222,7 +221,14 @@ def load_model(args, where, device):
     if args.model == "tiny":
         where = dict(pretrained_model_name_or_path=str(baselines.teach_tiny(args, device)))
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(device), tokenizer
+    lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    if "gguf_file" in where:  # transformers refuses to save such an LM: put its weights into an ordinary one
+        config = copy.deepcopy(lm.config)
+        del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=lm.dtype)
+        plain.load_state_dict(lm.state_dict())
+        plain.generation_config, lm = lm.generation_config, plain
+    return lm.to(device), tokenizer
 
 
 def dress(args, lm, tokenizer, splits):
@@ -232,102 +238,54 @@ def dress(args, lm, tokenizer, splits):
         baselines.add_lora(lm, args.lora_rank, args.lora_layers)
     elif args.method == "pause":
         baselines.add_tokens(lm, tokenizer, [baselines.PAUSE])
-        texts = {split: baselines.with_pauses(examples, args.pauses) for split, examples in splits.items()}
+        texts = {split: baselines.with_pauses(examples) for split, examples in splits.items()}
     elif args.method == "tokenassorted":
-        texts["train"], said = baselines.assort(splits["train"], lm, tokenizer, args.chunk, args.codes, args.seed)
+        texts["train"], said = baselines.assort(splits["train"], lm, tokenizer, args.chunk_size, args.num_codes,
+                                                 args.seed)
         print(f"tokenassorted: {said}.")
     return texts
 
 
-class Step(nn.Module):
-    """The forward of a training step, as a module: what spreads it over GPUs hooks into a module's forward."""
+def step_values(out, labels, tokens):
+    """What every step tells the log, as this micro-batch's part of it -> {name: tensor}.
 
-    def __init__(self, args, model):
-        super().__init__()
-        self.args, self.model = args, model
-
-    def forward(self, batch, tokens, parts, last, look, noise):
-        """One micro-batch: (search, select and) its part of the loss -> (the part, what to log of it {name: tensor}).
-
-        `tokens`: the response tokens of the whole step; `noise`: what the search draws with, or None. What the router's
-        terms need is collected in `parts`, and with the `last` micro-batch they are added, for all."""
-        args, model = self.args, self.model
-        input_ids, mask, response = batch
-        share = response[:, 1:].sum() / tokens
-        if args.method not in ROUTED:
-            loss = share * baselines.sft_loss(model, input_ids, mask, response)
-            return loss, {"loss": loss}
-        trunk = model.trunk(input_ids, mask)  # shared by the search and both paths of the loss
-        trunk.real.logical_and_(response.any(1, keepdim=True))  # see `own_part`
-        found, values = None, {}
-        if args.method == "soft":  # no search: the router learns through the mixture that it makes of the code vectors
-            steer, taught = model.route(input_ids, trunk=trunk).softmax(-1), None  # (B, M, C)
-        else:
-            found = search(args, model, input_ids, response, trunk, noise)
-            steer = {"best": found.codes, "sample": found.rollouts[:, 0], "argmax": found.logits.argmax(-1)}
-            steer = steer[args.update_on].masked_fill(~trunk.real, -1)
-            taught = found  # or the winner, but where the router alone chose
-            if args.policy == "imitate":
-                taught = found.codes.masked_fill(~found.searched, -1)
-            used = torch.zeros(args.codes + 1, device=input_ids.device).index_fill(0, found.codes.flatten() + 1, 1.0)
-            values = {**search_nll(found, response), "codes_used": used[1:].mean(),
-                      "spread": found.log_likelihood.std(1, correction=int(found.log_likelihood.shape[1] > 1)).mean()}
-        if look:
-            values |= look_closer(args, model, input_ids, response, trunk, found)
-        values = {name: torch.where(share > 0, share * value, 0.0) for name, value in values.items()}
-        generalist, steered = model.text_terms(input_ids, response, steer, trunk, tokens, args.objective == "full")
-        values |= {"generalist": generalist, "steered": steered}
-        parts.append((model.route(input_ids, trunk=trunk), trunk.real, taught))
-        if not last:
-            return generalist + steered, values
-        policy, prior = model.router_terms(parts, tokens, over_processes)
-        values |= {"policy": policy, "prior": prior / processes()[1]}
-        return generalist + steered + args.alpha_policy * policy + args.alpha_reg * prior, values
-
-
-def search(args, model, input_ids, response, trunk, noise=None):
-    """The search that was asked for -> SearchResult."""
-    settings = dict(trunk=trunk, dtype=getattr(torch, args.search_dtype))
-    if args.search == "beam":
-        return model.beam_search(input_ids, response, args.rollouts, **settings)
-    if args.search == "exact":
-        return model.exact_search(input_ids, response, **settings)
-    rollouts = args.rollouts if args.codes > 1 else 1  # one code leaves nothing to search
-    return model.search(input_ids, response, rollouts, args.temperature, response_only=args.search == "response",
-                        rollout_batch=args.rollout_batch or None, noise=noise, **settings)
-
-
-def search_nll(found, response):
-    """The loss per response token under the best rollout and on average over the rollouts -> {name: tensor}."""
-    tokens = response[:, 1:].sum()
-    return {"best_nll": mean_nll(found.log_likelihood.max(1).values, tokens),
-            "mean_nll": mean_nll(found.log_likelihood.mean(1), tokens)}
+    `best_nll`, `mean_nll`: the loss per response token under the best rollout, and on average over the rollouts."""
+    values = {name: out[name] for name in ("loss", "generalist", "steered", "policy", "prior") if out.get(name) is not None}
+    if out.found is not None:
+        share, score = (labels[:, 1:] >= 0).sum() / tokens, out.found.log_likelihood
+        used = torch.zeros(out.found.logits.shape[-1] + 1, device=labels.device)
+        used = used.index_fill(0, out.found.codes.flatten() + 1, 1.0)[1:].mean()
+        spread = score.std(1, correction=int(score.shape[1] > 1)).mean()
+        values |= {"best_nll": -score.amax(1).sum() / tokens, "mean_nll": -score.mean(1).sum() / tokens,
+                   "codes_used": share * used, "spread": share * spread}
+    return values
 
 
 @torch.no_grad()
-def look_closer(args, model, input_ids, response, trunk, found):
+def look_closer(args, model, out, labels, tokens):
     """What no step needs to know, but the reader of the log does -> {name: tensor}.
 
     What the text costs under the router's argmax and without codes: best_nll is what a search finds that sees the
     answer, argmax_nll what is left of it without. And is the selection more than rounding (same_winner, noise)?"""
-    tokens, values, settings = response[:, 1:].sum(), {}, dict(trunk=trunk, rollout_batch=args.rollout_batch or None)
+    trunk, found, values = out.trunk, out.found, {}
+    share, nll = (labels[:, 1:] >= 0).sum() / tokens, lambda score: -score.sum() / tokens
     if found is None:  # the draws must not change those of the next step
-        aside = torch.Generator(input_ids.device).manual_seed(args.seed)
-        found = model.search(input_ids, response, args.rollouts, generator=aside, **settings)
-        values = search_nll(found, response)
+        aside = torch.Generator(labels.device).manual_seed(args.seed)
+        found = DLRModel.search(model, trunk, labels, generator=aside)
+        score = found.log_likelihood
+        values = {"best_nll": nll(score.amax(1)), "mean_nll": nll(score.mean(1))}
     argmax = found.logits.argmax(-1)[:, None]  # (B, 1, M)
     again = torch.cat([found.rollouts.flip(1), argmax, torch.full_like(argmax, -1)], 1)
-    *scores, chosen, off = model.search(input_ids, response, again, **settings).log_likelihood.unbind(1)
-    scores = torch.stack(scores, 1).flip(1)  # (B, N), in float32, and in another order
+    with model.searching(torch.float32):
+        *scores, chosen, off = model.log_likelihood(trunk, labels, again.masked_fill(~trunk.real[:, None], -1)).unbind(1)
+    scores = torch.stack(scores, 1).flip(1)  # (B, N), in another order
     p = found.logits.softmax(-1)
     entropy = -(torch.xlogy(p, p).sum(-1) * trunk.real).sum() / trunk.real.sum()
-    later = (trunk.chunk >= 0) & (torch.arange(trunk.chunk.shape[1], device=tokens.device) > trunk.first[:, :1])
-    size = trunk.hidden[later].float().norm(dim=-1).median()
-    push = (model.scale * model.unit * model.codebook[argmax[:, 0][trunk.real]]).norm(dim=-1).median() / size
+    push = model.vectors(argmax[:, 0][trunk.real], torch.float32).norm(dim=-1).median() / typical_norm(trunk)
     noise = (scores - found.log_likelihood).std(1, correction=0).mean()
     same_winner = (scores.argmax(1) == found.log_likelihood.argmax(1)).float().mean()
-    return values | {"argmax_nll": mean_nll(chosen, tokens), "off_nll": mean_nll(off, tokens), "entropy": entropy,
-                     "push": push, "noise": noise, "same_winner": same_winner}
+    own = dict(entropy=entropy, push=push, noise=noise, same_winner=same_winner)
+    return values | {"argmax_nll": nll(chosen), "off_nll": nll(off), **{k: share * v for k, v in own.items()}}
 
 
 def prepare_out(args):
@@ -361,7 +319,7 @@ def write_config(args, model):
     if shutil.which("git"):
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = found.stdout.strip() or None
-    config = {**vars(args), "trained_parameters": trained, "layer_used": model.layer,
+    config = {**vars(args), "trained_parameters": trained, "layer_used": model.settings.layer,
               "python": platform.python_version(), "torch": torch.__version__,
               "transformers": transformers.__version__, "commit": commit}
     Path(args.out, "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -397,53 +355,52 @@ def first_process_first():
         dist.barrier()
 
 
-def over_gpus(args, step, device):
-    """The step for several processes: each has a copy of the model or, with --shard, a part of it."""
+def over_gpus(args, model, device):
+    """The model for several processes: each has a copy of it or, with --shard, a part of it."""
     if processes()[1] == 1:
-        return step
+        return model
     if args.shard:
-        for block in step.model.lm.get_submodule(find_blocks(step.model.lm)):
+        for block in model.blocks:
             fully_shard(block)
-        return fully_shard(step)
-    return DistributedDataParallel(step, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+        return fully_shard(model)
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
-def inner(spread):
-    """The DLRModel of what `over_gpus` returned."""
-    return getattr(spread, "module", spread).model
+def rng_state(device):
+    """The states of the random generators that a step draws from, the CPU's and the device's -> [tensor]"""
+    device_state = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *device_state]
 
 
-def save_state(args, step, spread, optimizer, schedule):
+def save_state(args, step, spread, optimizer, schedule, device):
     """Everything a resumed run needs to go on to the same numbers, written so that a kill cannot leave half of it.
 
     All processes take part (each may hold a shard), the first one writes."""
+    rank = processes()[0]
     model, optimizer = get_state_dict(spread, optimizer, options=WHOLE)
     state = {"step": step, "model": model, "optimizer": optimizer, "schedule": schedule.state_dict(),
-             "bigram": inner(spread).bigram, "rng": torch.get_rng_state()}
-    device = state["bigram"].device
-    if device.type != "cpu":
-        state["device_rng"] = torch.get_device_module(device).get_rng_state()
-    if processes()[0] == 0:
+             "rng": gathered({rank: rng_state(device)})}
+    if rank == 0:
         torch.save(state, Path(args.out, "state.part"))
         os.replace(Path(args.out, "state.part"), Path(args.out, "state.pt"))
 
 
-def load_state(state, spread, optimizer, schedule):
+def load_state(state, spread, optimizer, schedule, device):
     """Undo `save_state` -> the step to go on with."""
     set_state_dict(spread, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                    options=WHOLE)
     schedule.load_state_dict(state["schedule"])
-    inner(spread).bigram.copy_(state["bigram"])
-    torch.set_rng_state(state["rng"])
-    if "device_rng" in state:
-        torch.get_device_module(inner(spread).bigram.device).set_rng_state(state["device_rng"])
+    own = state["rng"][processes()[0]]
+    torch.set_rng_state(own[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(own[1])
     return state["step"]
 
 
 def train(args, model, rows, state, device):
     """The loop. Returns False where Ctrl-C (or SIGTERM) ended it early; the state is saved then."""
     rank, world = processes()
-    spread = over_gpus(args, Step(args, model), device)
+    spread = over_gpus(args, model, device)
     codes = [p for p in (model.codebook, model.router.weight) if p.requires_grad]
     groups = [{"name": "lr", "params": [p for p in model.lm.parameters() if p.requires_grad], "lr": args.lr},
               {"name": "code_lr", "params": codes, "lr": args.code_lr}]
@@ -453,33 +410,40 @@ def train(args, model, rows, state, device):
     steps = args.epochs * per_epoch
     warmup, look_every = max(1, steps // 20), args.look_every or max(1, steps // 100)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1))
-    first = load_state(state, spread, optimizer, schedule) if state else 0
+    if world > 1:
+        torch.manual_seed(args.seed + rank)  # every process draws codes of its own
+    first = load_state(state, spread, optimizer, schedule, device) if state else 0
     log_path = Path(args.out, "log.jsonl") if rank == 0 else Path(os.devnull)
     lines = log_path.read_text().splitlines()[:first] if log_path.is_file() else []  # steps after the state are redone
     log_path.write_text("".join(line + "\n" for line in lines))
-    interrupted, warned = [], False
+    interrupted, warned, said = [], False, time.time()
     handlers = {sig: signal.signal(sig, lambda *_: interrupted.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
     model.train()
     try:
         with open(log_path, "a", buffering=1) as log, tqdm(total=steps, initial=first, desc=args.method,
-                                                           disable=rank > 0) as bar:
+                                                           disable=True if rank else None) as bar:
             for step in range(first, steps):
                 epoch, place = divmod(step, per_epoch)
                 order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
                 chosen = order[place * per_step : (place + 1) * per_step]
                 look = step % look_every == 0 or step + 1 == steps
-                line = train_step(args, spread, optimizer, schedule, rows, chosen, step, look, interrupted, device)
+                line = train_step(args, model, spread, optimizer, rows, chosen, step, look, interrupted, device)
+                schedule.step()
                 stop = line.pop("interrupted")
                 log.write(json.dumps({"step": step, "epoch": epoch, **line}) + "\n")
-                bar.set_postfix({name: f"{line[name]:.3g}" for name in SHOWN if name in line})
+                shown = {name: f"{line[name]:.3g}" for name in SHOWN if name in line}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
+                if bar.disable and time.time() > said + 10:  # not a terminal
+                    said = time.time()
+                    print(f"step {step + 1} of {steps}:", *(f"{name} {value}" for name, value in shown.items()))
                 if step >= warmup and not warned and selects_by_rounding(args, line):
                     warned = True
                     bar.write(f"Warning, step {step}: the rollouts' log-likelihoods lie {line['spread']:.2g} nats "
                               f"apart, and scoring them again moves them by {line['noise']:.2g}: winners are drawn by "
                               f"rounding. Raise --scale or --code-lr, or use --search-dtype float32.")
                 if stop or step + 1 == steps or (step + 1) % args.save_every == 0:
-                    save_state(args, step + 1, spread, optimizer, schedule)
+                    save_state(args, step + 1, spread, optimizer, schedule, device)
                 if stop:
                     return False
     finally:
@@ -492,44 +456,35 @@ def selects_by_rounding(args, line):
     """Whether what the rollouts differ by is no more than the noise of their scores, at a step that was looked at.
 
     Scored again, in another order, they may be the same to the bit; float32 still keeps no more than about 1e-6."""
-    searched = "noise" in line and "spread" in line and args.codes > 1 and args.rollouts > 1
+    searched = "noise" in line and "spread" in line and args.num_codes > 1 and args.rollouts > 1
     return searched and line["spread"] < max(2 * line["noise"], 1e-6)
 
 
-def own_part(args, rows, whole, device):
-    """This process's texts of a micro-batch, and what its search draws with -> (batch, noise (B, N, M, C) or None).
+def own_batch(rows, whole, device):
+    """This process's texts of a micro-batch (indices into rows), as `data.collate` makes them.
 
-    Every process draws the noise for all texts and keeps its part, so that it does not matter how many there are. One
-    that is left without a text takes any, without a response token: it counts nowhere, but the others wait for it."""
+    A process that is left without a text takes any, with no label: it counts nowhere, but the others wait for it."""
     rank, world = processes()
     own = whole[rank::world]
-    input_ids, mask, response = data.collate([rows[i] for i in own or whole[:1]], device=device)
-    if not own:
-        response = torch.zeros_like(response)
-    if world == 1 or args.method != "dlr" or args.search not in ("rollouts", "response"):
-        return (input_ids, mask, response), None
-    chunks = math.ceil(max(len(rows[i][0]) for i in whole) / args.chunk)
-    noise = torch.empty(len(whole), args.rollouts if args.codes > 1 else 1, chunks, args.codes, device=device)
-    noise = -noise.exponential_().log()  # Gumbel
-    noise = noise[rank::world] if own else noise[:1]
-    return (input_ids, mask, response), noise[:, :, : math.ceil(input_ids.shape[1] / args.chunk)]
+    batch = data.collate([rows[i] for i in own or whole[:1]], device=device)
+    return batch if own else {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
 
-def train_step(args, spread, optimizer, schedule, rows, chosen, step, look, interrupted, device):
+def train_step(args, model, spread, optimizer, rows, chosen, step, look, interrupted, device):
     """One optimiser step on the chosen rows -> what to log. Raises FloatingPointError where the loss is not finite."""
-    began, world = time.time(), processes()[1]
-    starts = range(0, len(chosen), args.batch_size * world)
-    tokens = torch.tensor(sum(len(rows[i][0]) - rows[i][1] for i in chosen), device=device)  # response tokens
-    logged, parts = {}, []
-    for start in starts:
-        last = start == starts[-1]
-        batch, noise = own_part(args, rows, chosen[start : start + starts.step], device)
+    began, (rank, world), logged = time.time(), processes(), {}
+    tokens = torch.tensor(sum(len(rows[i][0]) - max(1, rows[i][1]) for i in chosen), device=device)  # of responses
+    size = args.batch_size * world
+    for start in range(0, len(chosen), size):
+        batch, last = own_batch(rows, chosen[start : start + size], device), start + size >= len(chosen)
         use = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
-        wait = nullcontext() if last or not hasattr(spread, "no_sync") else spread.no_sync()
-        with wait:  # gradients meet once a step
+        with nullcontext() if last or not hasattr(spread, "no_sync") else spread.no_sync():  # gradients meet once a step
             with use:
-                loss, values = spread(batch, tokens, parts, last, look, noise)
-            (world * loss).backward()  # the engine takes the mean over processes, but these are parts of a sum
+                out = spread(**batch, num_items_in_batch=tokens)  # search, select, and equation (4)
+                values = step_values(out, batch["labels"], tokens)
+                if look and out.trunk is not None:
+                    values |= look_closer(args, model, out, batch["labels"], tokens)
+            (world * out.loss).backward()  # the engine takes the mean over processes, but these are parts of a sum
         for name, value in values.items():
             logged[name] = logged.get(name, 0) + value.detach()
     norm = torch.nn.utils.clip_grad_norm_([p for p in spread.parameters() if p.grad is not None], 1.0)
@@ -539,12 +494,8 @@ def train_step(args, spread, optimizer, schedule, rows, chosen, step, look, inte
     if not all(map(math.isfinite, line.values())):
         raise FloatingPointError(f"Step {step}: {line} is not finite (training examples {chosen}), so nothing was "
                                  f"updated; lower --lr, --code-lr or --scale, or use --dtype float32.")
-    if "prior" in line:
-        line["total"] = (line["generalist"] + line["steered"] + args.alpha_policy * line["policy"]
-                         + args.alpha_reg * line["prior"])
     line.update({group["name"]: group["lr"] for group in optimizer.param_groups})
     optimizer.step()
-    schedule.step()
     optimizer.zero_grad()
     line["tokens_per_s"] = sum(len(rows[i][0]) for i in chosen) / (time.time() - began)
     return line
@@ -559,8 +510,6 @@ def main(argv=None):
         device = join_processes(choose_device(args.device))
         model, tokenizer, splits, texts, where, state = set_up(args, device)
         rows, cut, dropped = data.encode(texts["train"], tokenizer, args.max_length)
-        if args.benchmark:
-            return benchmark(args, model, tokenizer, rows, device)
         trained = write_config(args, model) if processes()[0] == 0 else 0
         print(f"{args.method} on {args.data}: {len(rows)} training texts ({cut} cut at {args.max_length} tokens, "
               f"{dropped} too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} "
@@ -593,10 +542,9 @@ def set_up(args, device):
     if rank:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     with first_process_first():
-        splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops,
-                           args.nines)
+        splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops)
         where = find_model(args)
-        if rank == 0 and not args.benchmark:
+        if rank == 0:
             prepare_out(args)
         if args.model == "tiny" and args.freeze:
             print("Embedded default: a tiny LM that can add a little, frozen; only codebook and router are trained, on "
@@ -613,28 +561,19 @@ def set_up(args, device):
     return build(args, lm, some, device), tokenizer, splits, texts, where, state
 
 
-def benchmark(args, model, tokenizer, rows, device):
-    """Time the steps of several kinds on the first batch, and generation, as baselines.py does."""
-    def ours(search, rollouts):
-        settings = {**vars(args), "method": "dlr", "search": search, "rollouts": rollouts}
-        step = Step(argparse.Namespace(**settings), model)
-        return lambda batch, tokens: step(batch, tokens, [], True, False, None)[0]
-
-    kinds = {f"DLR, N = {n}": ours("rollouts", n) for n in (1, 4, 8, 16)}
-    kinds["DLR, N = 8, --search response"] = ours("response", 8)
-    use = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
-    print(f"K = {args.chunk}, injection after block {model.layer}, {args.dtype}, search in {args.search_dtype}, "
-          f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(baselines.benchmark(model, kinds, rows[: args.batch_size], args.benchmark, args.max_new_tokens, use))
-
-
 def build(args, lm, rows, device):
     """The DLRModel to train, seeded, its units measured on the first training texts."""
     torch.manual_seed(args.seed)
-    model = DLRModel(lm, args.codes, args.chunk, args.layer, args.scale, args.router_norm).to(device)
-    model.calibrate(*data.collate(rows[:32], device=device)[:2])
-    if args.scale_units == "absolute":
-        model.unit.fill_(1)
+    kind = DLRModel if args.method in ROUTED else baselines.Unsteered
+    model = kind(lm, **settings_of(args)).to(device)
+    if args.scale_units == "hidden":
+        batch = data.collate(rows[:32], device=device)
+        model.calibrate(batch["input_ids"], batch["attention_mask"])
+    if args.search == "response":
+        model.search = partial(search.response_search, model)
+    elif args.search != "rollouts":
+        width = {"width": args.rollouts} if args.search == "beam" else {}
+        model.search = partial(getattr(search, f"{args.search}_search"), model, **width)
     for parameter in (model.codebook, model.router.weight):
         parameter.requires_grad_(args.method in ROUTED)
     if args.gradient_checkpointing:
@@ -642,12 +581,17 @@ def build(args, lm, rows, device):
     return model
 
 
+def settings_of(args):
+    """The settings of the method among those of the run -> dict"""
+    own = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    return {**own, "method": "soft" if args.method == "soft" else "dlr"}
+
+
 def in_one_piece(args, model, where, device):
     """A model whose parameters are spread over processes (`fully_shard`) -> the same in one piece, in each of them."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    whole = DLRModel(load_model(args, where, "cpu")[0], args.codes, args.chunk, args.layer, args.scale,
-                     args.router_norm)
-    whole.load_state_dict(state)
+    whole = DLRModel(load_model(args, where, "cpu")[0], **settings_of(args))
+    whole.load_state_dict(state, strict=False)
     return whole.to(device)
 
 
@@ -658,7 +602,7 @@ def finish(args, model, tokenizer, splits, texts, where, device):
         baselines.merge_lora(model.lm)
     if rank == 0:
         folder = Path(args.out, "model")
-        model.save_pretrained(folder) if args.method in ROUTED else save_lm(model.lm, folder)
+        (model if args.method in ROUTED else model.lm).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     settings = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, batch_size=args.eval_batch_size)
     model.eval()
@@ -693,7 +637,7 @@ def hindsight_gap(args):
     looks = looks[-max(1, len(looks) // 5):]
     off, mean, best, argmax = (sum(line[f"{name}_nll"] for line in looks) / len(looks)
                                for name in ("off", "mean", "best", "argmax"))
-    if args.codes == 1 or args.search in ("rollouts", "response") and args.rollouts == 1:
+    if args.num_codes == 1 or args.search in ("rollouts", "response") and args.rollouts == 1:
         found = "nothing was searched"
     elif off - best <= 1e-4:
         found = "the search finds nothing yet"

@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import re
@@ -45,6 +46,42 @@ def deprecations(monkeypatch):
     for logger in loggers:
         logger.removeHandler(handler)
     assert not handler.messages, handler.messages
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    import data
+
+    return data.arithmetic_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory, tokenizer):
+    """A folder as train.py leaves it, around an untrained model of 4 codes, chunks of 2 tokens; no answers yet."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    import train
+    from dlr import DLRModel
+
+    folder = tmp_path_factory.mktemp("runs") / "good"
+    torch.manual_seed(0)
+    model = DLRModel(GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_positions=48, n_embd=16, n_layer=2, n_head=2, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id)), num_codes=4, chunk_size=2, layer=0, scale=1.0)
+    model.lm.transformer.wte.weight.data[tokenizer.eos_token_id] *= -2  # some answers end
+    torch.nn.init.normal_(model.codebook)
+    torch.nn.init.normal_(model.router.weight)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "predictions.jsonl").touch()
+    settings = train.parse_args(["--test", "40", "--val", "5", "--n", "20", "--device", "cpu", "--max-new-tokens", "6",
+                                 "--chunk", "2"])
+    (folder / "config.json").write_text(json.dumps(vars(settings)))
+    (folder / "metrics.json").write_text('{"test": {"steered": {"n": 40}}, "analysis": {"swap": "of before"}}')
+    lines = [{"step": i, "generalist": 2.0, "mean_nll": 2 - i / 40, "best_nll": 1.9 - i / 40} for i in range(30)]
+    lines[10]["argmax_nll"] = lines[20]["argmax_nll"] = 1.5
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter):

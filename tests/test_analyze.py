@@ -3,28 +3,20 @@ import copy
 import json
 import re
 from collections import Counter
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import analyze
 import data
-import train
 from data import Example
 from dlr import DLRModel
 from eval import answer
 
 SETTINGS = dict(max_new_tokens=6, batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.arithmetic_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +97,7 @@ def test_nll_is_that_of_each_text_under_the_known_codes(model, tokenizer, known,
     examples, on, rows = known
     total = 0.0
     for (ids, prompt), codes in zip(rows, known_codes(name)):
-        log_p = model(torch.tensor([ids]), codes=torch.tensor([codes + [-1]])).log_softmax(-1)[0]  # (T, V)
+        log_p = model(torch.tensor([ids]), codes=torch.tensor([codes + [-1]])).logits.log_softmax(-1)[0]  # (T, V)
         total -= sum(log_p[t - 1, ids[t]].item() for t in range(prompt, len(ids)))
     found = analyze.interventions(model, tokenizer, examples, on, rows, **SETTINGS)
     assert found[name]["nll"][0] == pytest.approx(total / 24, rel=1e-5)  # 8 responses of 3 tokens
@@ -144,7 +136,7 @@ def test_activity_of_a_known_codebook(model, known):
     codes = analyze.router_codes(model, known[2], batch_size=3)
     assert codes.tolist() == known_codes("on")
     model = copy.deepcopy(model)
-    model.scale, model.unit = 0.5, torch.tensor(2.0)  # of alpha: the same push as without them
+    model.settings.scale, model.unit = 0.5, torch.tensor(2.0)  # of alpha: the same push as without them
     found = analyze.activity(model, codes, known[2], batch_size=3)
     a = analyze.activity(model, codes[:6], known[2][:6], batch_size=3)
     shares = np.array([6, 2, 6, 2]) / 16
@@ -154,6 +146,19 @@ def test_activity_of_a_known_codebook(model, known):
     # the states are 1 long in the first two places, else 2 ** .5; of A's four without the first, that is the most
     assert a["state_norm"] == found["state_norm"] == pytest.approx(2**0.5)
     assert found["push_median"] == pytest.approx(2**-0.5) and found["push_max"] == pytest.approx(2**-0.5)
+
+
+def test_push_is_measured_on_real_tokens_but_the_first(model):
+    """Neither an attention sink in the first place nor padding may move the median |h|."""
+    model = copy.deepcopy(model)
+    positions = model.lm.transformer.wpe.weight.data  # (16, H), of which the last entry is free
+    positions[:, -1] = torch.arange(16.0) + 10
+    positions[0, -1] = 1000
+    long, short = [3] * 12, [3] * 3  # padded by nine places, were they counted
+    rows = [(long, 2)] + [(short, 2)] * 5
+    loud = [(1 + int(t >= 2) + (t + 10) ** 2) ** 0.5 for ids, _ in rows for t in range(1, len(ids))]  # |h|, by hand
+    found = analyze.activity(model, analyze.router_codes(model, rows, 6), rows, batch_size=6)
+    assert found["state_norm"] == pytest.approx(sorted(loud)[(len(loud) - 1) // 2])
 
 
 def test_purity_by_hand():
@@ -262,94 +267,16 @@ def test_digits_need_a_token_each(tokenizer):
     assert analyze.digit_chunks(tokenizer, [example], rows, 2).tolist() == [[0, 1, 1, 2]]
 
 
-@pytest.fixture(scope="module")
-def byte_tokenizer():
-    """One token a byte, so that characters are split."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-class Text(HTMLParser):
-    """What a page says inside <pre>, without its tags."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.found, self.inside = [], False
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "pre":
-            self.inside = True
-            self.found.append("")
-
-    def handle_endtag(self, tag):
-        self.inside = self.inside and tag != "pre"
-
-    def handle_data(self, text):
-        if self.inside:
-            self.found[-1] += text
-
-
-def test_colours_lose_no_text(byte_tokenizer):
-    text = "naïve <b>日本</b> & \"x\"\n\n🙂 done"
-    ids = byte_tokenizer(text).input_ids
-    for chunk_size in (1, 2, 3, 4, 7):
-        cut = analyze.pieces(byte_tokenizer, ids, 5, [3, 1, -1, 40], chunk_size)
-        assert "".join(piece for piece, _, _ in cut) == text and "\ufffd" not in str(cut)
-        assert "".join(piece for piece, _, is_answer in cut if not is_answer) == "naïv"
-        items = [(cut, "right")]
-        assert text in re.sub(r"\x1b\[[\d;]*m", "", analyze.as_text("run", items))
-        assert Text(analyze.PAGE.format(analyze.as_html("run", items))).found[1] == text
-    cut = analyze.pieces(byte_tokenizer, ids[:-6], 5, [0] * 99, 4)  # the answer was cut off within the emoji
-    assert "".join(piece for piece, _, _ in cut) == byte_tokenizer.decode(ids[:-6])
-
-
-def test_each_piece_has_the_colour_of_its_chunk(tokenizer):
-    ids = tokenizer("12+34=").input_ids
-    assert analyze.pieces(tokenizer, ids, 3, [5, -1], 2) == [
-        ("12", 5, False), ("+", -1, False), ("3", -1, True), ("4=", -1, True)]
-    line = analyze.ansi("a\nb", 5, False)
-    start = line[: line.index("a")]
-    assert start and line == f"{start}a\x1b[0m\n{start}b\x1b[0m"
-    assert analyze.ansi("a", -1, False) == "a" and 'title="code 5"' in analyze.span("a", 5, True)
-    assert len({analyze.ansi("a", code, False) for code in range(64)}) == 64
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tokenizer):
-    """A folder as train.py leaves it, around an untrained model."""
-    folder = tmp_path_factory.mktemp("runs") / "good"
-    torch.manual_seed(0)
-    model = DLRModel(GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=48, n_embd=16, n_layer=2, n_head=2, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id)), num_codes=4, chunk_size=1, layer=0, scale=1.0)
-    torch.nn.init.normal_(model.codebook)
-    torch.nn.init.normal_(model.router.weight)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "predictions.jsonl").touch()
-    settings = train.parse_args(["--test", "40", "--val", "5", "--n", "20", "--device", "cpu", "--max-new-tokens", "6"])
-    (folder / "config.json").write_text(json.dumps(vars(settings)))
-    (folder / "metrics.json").write_text('{"test": {"steered": {"n": 40}}, "analysis": {"swap": "of before"}}')
-    lines = [{"step": i, "generalist": 2.0, "mean_nll": 2 - i / 40, "best_nll": 1.9 - i / 40} for i in range(30)]
-    lines[10]["argmax_nll"] = lines[20]["argmax_nll"] = 1.5
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def test_a_broken_run_is_named_and_the_good_one_analysed(run, tmp_path, capsys):
+def test_a_broken_run_is_named_and_the_good_one_analysed(saved_run, tmp_path, capsys):
     sft = tmp_path / "sft"
     (sft / "model").mkdir(parents=True)
     (sft / "config.json").write_text("{}")
     with pytest.raises(SystemExit) as stopped:
-        analyze.main([str(tmp_path / "gone"), str(sft), str(run), "--device", "cpu", "--min-count", "20"])
+        analyze.main([str(tmp_path / "gone"), str(sft), str(saved_run), "--device", "cpu", "--min-count", "20"])
     printed, named = capsys.readouterr().out, stopped.value.code.splitlines()  # a text: exit status 1, text to stderr
     assert len(named) == 2 and str(tmp_path / "gone") in named[0] and f"{sft} is left out: it has no codes" in named[1]
 
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((saved_run / "metrics.json").read_text())
     found = metrics["analysis"]
     assert metrics["test"] == {"steered": {"n": 40}} and found["swap"] == "of before"
     for name, row in found["interventions"].items():
@@ -363,41 +290,11 @@ def test_a_broken_run_is_named_and_the_good_one_analysed(run, tmp_path, capsys):
     for n, row in found["codes"]["purity"].items():
         assert row is None or f"{row['purity']:.3f}" in printed
     assert f"{found['codes']['digits']['sums to 9']['bits']:.3f}" in printed
-    assert found["settings"]["codes"]["test"] == 40 and f"{run}: 40 test examples" in printed
+    assert found["settings"]["codes"]["test"] == 40 and f"{saved_run}: 40 test examples" in printed
 
 
-def test_show_html_and_plots(run, tmp_path, capsys, tokenizer):
-    page, plots = tmp_path / "deep" / "codes.html", tmp_path / "plots"
-    analyze.main([str(run), "--device", "cpu", "--test", "12", "--show", "3", "--html", str(page),
-                  "--plots", str(plots)])
-    printed, said = capsys.readouterr()
-    config = json.loads((run / "config.json").read_text())
-    test = data.load("arithmetic", n=20, val=5, test=12)["test"][:3]
-    model, tokenizer, _ = analyze.load_run(run)
-    predictions, codes = answer(model, tokenizer, test, max_new_tokens=config["max_new_tokens"], batch_size=12)
-    plain = re.sub(r"\x1b\[[\d;]*m", "", printed)
-    shown = Text(page.read_text()).found
-    assert len(shown) == 1 + 3
-    for prediction, text in zip(predictions, shown[1:]):
-        assert text == prediction["prompt"] + prediction["text"] and f"\n{text}\n" in plain
-    used = {code for row in codes.tolist() for code in row if code >= 0}
-    assert set(map(int, shown[0].removeprefix("codes").split())) <= used
-    for name in ("curves", "usage", "interventions", "purity", "topics"):
-        picture = imread(plots / f"{name}.png")
-        assert picture.shape[:2] == (750, 1125) and picture[..., :3].std() > 0.05, name
-
-
-def test_plots_say_what_they_leave_out(run, tmp_path, capsys):
-    found = json.loads((run / "metrics.json").read_text())["analysis"]
-    for row in found["interventions"].values():
-        row["topics"] = {}
-    del found["codes"]["purity"]
-    said = analyze.plots(tmp_path, found, tmp_path)  # nor is there a log.jsonl
-    assert len(said) == 3 and sorted(path.name for path in tmp_path.iterdir()) == ["interventions.png", "usage.png"]
-
-
-@pytest.mark.parametrize("flags, word", [(["--swop"], "--swop"), (["--show", "0"], "--show is 0"), ([], "RUN"),
-                                         (["RUN", "--device", "abacus"], "abacus")])
+@pytest.mark.parametrize("flags, word", [(["--swop"], "--swop"), (["--min-count", "0"], "--min-count is 0"),
+                                         ([], "RUN"), (["RUN", "--device", "abacus"], "abacus")])
 def test_mistakes_get_one_sentence(flags, word):
     with pytest.raises(SystemExit) as stopped:
         analyze.main(["run", *flags] if flags and flags[0] != "RUN" else flags)
@@ -413,12 +310,13 @@ def test_searches_of_growing_size_come_to_the_optimum(model, tokenizer):
     found = analyze.search_gap(model, rows, batch_size=1, most=8)
     best = off = tokens = 0
     for ids, prompt_length in rows:
-        input_ids, mask, response = data.collate([(ids, prompt_length)])
-        chunks = -(-len(ids) // model.chunk_size)
-        every = torch.tensor(list(itertools.product(range(model.num_codes), repeat=chunks)))[None]
-        best -= model.log_likelihood(input_ids, response, every).max().item()
-        off -= model.log_likelihood(input_ids, response, torch.full((1, chunks), -1)).item()
-        tokens += response.sum().item()
+        batch = data.collate([(ids, prompt_length)])
+        trunk, labels = model.trunk(batch["input_ids"]), batch["labels"]
+        chunks = -(-len(ids) // model.settings.chunk_size)
+        every = torch.tensor(list(itertools.product(range(model.settings.num_codes), repeat=chunks)))[None]
+        best -= model.log_likelihood(trunk, labels, every).max().item()
+        off -= model.log_likelihood(trunk, labels, torch.full((1, chunks), -1)).item()
+        tokens += (labels >= 0).sum().item()
     assert found["optimum"] == pytest.approx(best / tokens, abs=1e-5) and found["off"] == pytest.approx(off / tokens)
     for how in ("rollouts", "beam"):
         assert found["n"] == [1, 2, 4, 8] and found[how] == sorted(found[how], reverse=True)

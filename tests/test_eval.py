@@ -1,40 +1,19 @@
-"""eval.py: intervals and p values against simulations, comparisons of runs against sums done by hand."""
+"""eval.py: intervals and p values against simulations; answers and likelihoods against single ones."""
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_compare import numbers, rows_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import analyze
+import compare
 import data
 import eval as evaluation
 import train
 from dlr import DLRModel
-
-
-def write_run(path, seed, answers, base=None, method="sft", nll=None, **config):
-    """A finished run whose test answers are right (1) or wrong (0) as given, and as likely (nats, tokens) as given."""
-    path.mkdir(parents=True)
-    (path / "model").mkdir()
-    config = {"seed": seed, "out": str(path), "data": "sums", "method": method, "lr": 0.1, **config}
-    (path / "config.json").write_text(json.dumps(config))
-    row = lambda i, right: {"prompt": f"{i}?", "strict": right, "flexible": right, "cut_off": False, "ids": [7] * i}
-    rows = {name: [row(i, bool(right)) for i, right in enumerate(given)]
-            for name, given in (("base", base), (method, answers)) if given}
-    metrics = {"test": {name: {**evaluation.summarise(given), "nll": 1.5} for name, given in rows.items()}}
-    if nll:
-        metrics["test"][method]["nll"] = float(np.divide(*np.sum(nll, 0)))
-        rows[method] = [{**row, "nll": pair} for row, pair in zip(rows[method], nll, strict=True)]
-    (path / "metrics.json").write_text(json.dumps(metrics))
-    lines = [json.dumps({"condition": name, **row}) for name, given in rows.items() for row in given]
-    (path / "predictions.jsonl").write_text("\n".join(lines))
-    return str(path)
-
-
-def rows_of(printed):
-    return {line.split()[1]: line.split() for line in printed.splitlines()[1:]}
 
 
 def test_intervals_cover_at_their_nominal_rate():
@@ -50,121 +29,6 @@ def test_p_values_are_uniform_where_there_is_no_difference():
     p = np.array([evaluation.compare(*(rng.random((2, 200)) < 0.5))[3] for _ in range(300)])
     for level in (0.05, 0.2, 0.5):
         assert abs(np.mean(p <= level) - level) < 3 * (level * (1 - level) / 300) ** 0.5 + 0.02  # answers are discrete
-
-
-def test_a_run_against_itself_differs_by_exactly_nothing(tmp_path, capsys):
-    run = write_run(tmp_path / "a", 0, [1, 0, 1, 1, 0, 0, 1])
-    evaluation.main([run, "--saved", "--against", run])
-    assert rows_of(capsys.readouterr().out)["a"][-5:] == ["+0.0", "[", "+0.0,", "+0.0]", "1.000"]
-    values = np.random.default_rng(0).random(50) < 0.5
-    assert evaluation.compare(values, values) == (0.0, 0.0, 0.0, 1.0)
-
-
-def test_seeds_are_joined_and_paired(tmp_path, capsys):
-    """Three seeds of two methods: means, standard deviations and differences as the numbers below make them."""
-    one = [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]  # 75, 50, 100 %
-    two = [[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]  # 25, 25, 50 %
-    before = [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    runs = [write_run(tmp_path / f"{name}-s{s}", s, given[s], before[s], lr=lr, conditions=["base", "off"][:s])
-            for name, lr, given in (("one", 0.1, one), ("two", 0.2, two)) for s in range(3)]
-    evaluation.main([*runs, "--saved", "--seeds", "--against", runs[4]])  # any run of the group stands for it
-    rows = rows_of(capsys.readouterr().out)
-    assert list(rows) == ["base", "one", "two"]
-    for name, given in (("base", before), ("one", one), ("two", two)):
-        per_seed = 100 * np.mean(given, 1)
-        assert rows[name][2] == "3" and float(rows[name][3]) == pytest.approx(per_seed.mean(), abs=0.05)
-        sd = rows[name][rows[name].index("0.0") - 2]  # before flexible and cut off
-        assert float(sd) == pytest.approx(per_seed.std(ddof=1), abs=0.05)
-    difference = np.mean(np.array(one) - np.array(two), 0)  # per example, over seeds: 0, 2/3, 2/3, 1/3
-    error = (np.mean(one, 1) - np.mean(two, 1)).std(ddof=1) / 3**0.5
-    assert f"{100 * error:.1f}" == rows["one"][-2]
-    assert "+41.7" in rows["one"] and 100 * difference.mean() == pytest.approx(41.67, abs=0.01)
-    mean, low, high, p = evaluation.compare(np.mean(one, 0), np.mean(two, 0))
-    assert low >= 0 and high <= 200 / 3 and f"{p:.3f}" == rows["one"][-1]
-
-
-def test_what_cannot_be_compared_is_not(tmp_path, capsys):
-    one = write_run(tmp_path / "one", 0, [1, 0, 1])
-    other = write_run(tmp_path / "two", 0, [1, 0, 1, 1])
-    elsewhere = write_run(tmp_path / "three", 0, [1, 0, 1], data="other")
-    with pytest.raises(SystemExit) as stopped:
-        evaluation.main([one, other, str(tmp_path / "nowhere"), elsewhere, "--saved", "--against", one])
-    sentences = stopped.value.code.splitlines()
-    assert len(sentences) == 1 and "nowhere" in sentences[0] and "not a finished run" in sentences[0]
-    rows = rows_of(capsys.readouterr().out)  # the others are there
-    assert rows["two"][-2:] == rows["three"][-2:] == ["not", "comparable"] and rows["one"][-1] == "1.000"
-    with pytest.raises(SystemExit, match="should be one of the runs given, or base"):
-        evaluation.main([one, "--saved", "--against", "on"])
-
-
-def test_runs_of_one_name_stay_apart(tmp_path, capsys):
-    runs = [write_run(tmp_path / place / "run-s0", 0, [1, 0, 1], lr=lr) for place, lr in (("a", 1), ("b", 2))]
-    for flags in ([], ["--seeds"]):
-        evaluation.main([*runs, "--saved", *flags])
-        assert len(rows_of(capsys.readouterr().out)) == 2
-
-
-# Comparisons by NLL
-
-def numbers(line):
-    return [float(word.strip("[],")) for word in line.split()[2:] if word != "["]
-
-
-def test_nll_is_compared_over_tokens_by_hand(tmp_path, capsys):
-    """Two seeds of two methods, responses of unlike length; the last example's prompt left no room for any."""
-    rng = np.random.default_rng(3)
-    tokens = np.array([*rng.integers(1, 30, 40), 0])
-    nats = {name: (rng.random((2, 41)) + level) * tokens for name, level in (("one", 0.5), ("two", 0.7))}
-    runs = [write_run(tmp_path / f"{name}-s{s}", s, [1, 0] * 20 + [1], method="sft", lr=lr,
-                      nll=list(zip(nats[name][s].tolist(), tokens.tolist())))
-            for name, lr in (("one", 0.1), ("two", 0.2)) for s in range(2)]
-    evaluation.main([*runs, "--saved", "--seeds", "--against", runs[3], "--by", "nll"])
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert "strict" not in head and [line.split()[1] for line in lines] == ["one", "two"]
-    drawn = np.random.default_rng(9).integers(0, 40, (4000, 40))  # resamples of the examples that have a response
-    for name, line in zip(nats, lines):
-        seeds, center, low, high, sd, difference, below, above, error, p = numbers(line)
-        per_seed = nats[name].sum(1) / tokens.sum()
-        assert seeds == 2 and center == pytest.approx(per_seed.mean(), abs=6e-5)
-        assert sd == pytest.approx(abs(per_seed[0] - per_seed[1]) / 2**0.5, abs=6e-5)
-        mean = nats[name].mean(0)
-        means = mean[drawn].sum(1) / tokens[drawn].sum(1)
-        assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01) and low < center < high
-    seeds, center, low, high, sd, difference, below, above, error, p = numbers(lines[0])
-    gap = nats["one"] - nats["two"]
-    assert difference == pytest.approx(gap.mean(0).sum() / tokens.sum(), abs=6e-5) and difference < -0.05
-    assert difference != pytest.approx(np.mean(gap[:, :40] / tokens[:40]), abs=6e-5)  # not a mean over examples
-    means = gap.mean(0)[drawn].sum(1) / tokens[drawn].sum(1)
-    assert (below, above) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
-    gaps = gap.sum(1) / tokens.sum()
-    assert error == pytest.approx(abs(gaps[0] - gaps[1]) / 2, abs=6e-5)  # sd of two over the root of two
-    assert p == pytest.approx(2 * min(np.mean(means <= 0), np.mean(means >= 0)), abs=0.01)
-    assert numbers(lines[1])[-5:] == [0, 0, 0, 0, 1]
-    evaluation.main([*runs, "--saved", "--seeds", "--against", runs[3]])  # they have answers, which come first
-    assert "strict" in capsys.readouterr().out
-
-
-def test_other_tokens_are_not_comparable(tmp_path, capsys):
-    one = write_run(tmp_path / "one", 0, [1, 0, 1], nll=[(1.0, 2), (2.0, 2), (3.0, 4)])
-    other = write_run(tmp_path / "two", 0, [1, 0, 1], nll=[(1.0, 2), (2.0, 2), (3.0, 3)])
-    evaluation.main([one, other, "--saved", "--by", "nll", "--against", one])
-    rows = rows_of(capsys.readouterr().out)
-    assert rows["two"][-2:] == ["not", "comparable"] and rows["one"][-1] == "1.000"
-    evaluation.main([one, other, "--saved", "--against", one])
-    assert rows_of(capsys.readouterr().out)["two"][-1] == "1.000"
-
-
-def test_runs_that_lack_what_is_compared_are_named(tmp_path, capsys):
-    old = write_run(tmp_path / "old", 0, [1, 0, 1], base=[0, 0, 1])
-    new = write_run(tmp_path / "new", 0, [1, 1, 1], base=[0, 0, 1], nll=[(1.0, 2), (2.0, 2), (3.0, 3)], lr=0.2)
-    evaluation.main([old, new, "--saved", "--against", "base"])
-    assert list(rows_of(capsys.readouterr().out)) == ["base", "old", "new"]
-    with pytest.raises(SystemExit) as stopped:
-        evaluation.main([old, new, "--saved", "--against", "base", "--by", "nll"])
-    said = stopped.value.code
-    assert "\n" not in said and f"{old} is left out" in said and "evaluate it anew" in said
-    rows = rows_of(capsys.readouterr().out)  # nor does the base hold it
-    assert list(rows) == ["new"] and rows["new"][-2:] == ["not", "comparable"]
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +54,9 @@ def by_hand(model, tokenizer, prompt, response, codes=None):
     start, ids = len(ids), (ids + tokenizer(response).input_ids + [tokenizer.eos_token_id])[:MAX_LENGTH]
     if len(ids) <= start:
         return 0, 0
-    codes = torch.full((1, -(-len(ids) // model.chunk_size)), -1) if codes is None else codes[None]
+    codes = torch.full((1, -(-len(ids) // model.settings.chunk_size)), -1) if codes is None else codes[None]
     with torch.no_grad():
-        log_p = model(torch.tensor([ids]), codes=codes).log_softmax(-1)[0]
+        log_p = model(torch.tensor([ids]), codes=codes).logits.log_softmax(-1)[0]
     return -sum(log_p[t - 1, ids[t]].item() for t in range(start, len(ids))), len(ids) - start
 
 
@@ -208,7 +72,7 @@ def test_every_prediction_holds_the_nll_of_its_response(folder):
     assert 3 < len(kept) < len(examples) and kept != list(range(len(kept)))  # some are left out, not just the last
     assert any(sum(lengths[i]) > MAX_LENGTH for i in kept) and len({lengths[i][1] for i in kept}) > 1
     whole = {i: (tokenizer(examples[i].prompt + examples[i].response).input_ids + [1])[:MAX_LENGTH] for i in kept}
-    codes = {i: model.route(torch.tensor([ids])).argmax(-1)[0] for i, ids in whole.items()}
+    codes = {i: model.route(model.trunk(torch.tensor([ids]))).argmax(-1)[0] for i, ids in whole.items()}
     others = {i: row.clone() for i, row in codes.items()}
     for m in range(max(map(len, codes.values()))):
         here = [i for i in kept if m < -(-(len(whole[i]) - 1) // 3)]  # the texts that have such a chunk
@@ -253,7 +117,7 @@ def test_runs_without_answers_from_training_to_comparison(folder, tmp_path, caps
 
     tables = []
     for flags in (["--by", "nll"], []):  # there is nothing else to compare
-        evaluation.main([*runs, "--saved", "--seeds", *flags, "--against", runs[2]])
+        compare.main([*runs, "--seeds", *flags, "--against", runs[2]])
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1]
     rows = {line.split()[1]: numbers(line) for line in tables[0].splitlines()[1:]}
@@ -266,7 +130,7 @@ def test_runs_without_answers_from_training_to_comparison(folder, tmp_path, caps
     assert rows["base"][5] > 0.1  # training helps, so the comparison is not of nothing
 
     with pytest.raises(SystemExit) as stopped:
-        evaluation.main([runs[0], "--saved", "--by", "strict"])
+        compare.main([runs[0], "--by", "strict"])
     assert "\n" not in stopped.value.code and "holds no answers; give --by nll" in stopped.value.code
     with pytest.raises(SystemExit) as stopped:
         analyze.main([runs[0], "--device", "cpu", "--interventions"])
@@ -281,7 +145,7 @@ def test_an_old_run_gets_its_nll_and_keeps_its_answers(folder, tmp_path, capsys)
     old = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "nll"}) + "\n" for row in old))
     with pytest.raises(SystemExit, match="evaluate it anew"):
-        evaluation.main([run, "--saved", "--by", "nll"])
+        compare.main([run, "--by", "nll"])
     evaluation.main([run, "--device", "cpu", "--max-new-tokens", "0"])
     assert "- " not in capsys.readouterr().out.splitlines()[-2]  # the answers are in the table, too
     key = lambda row: (row["condition"], row["prompt"])
@@ -291,7 +155,7 @@ def test_an_old_run_gets_its_nll_and_keeps_its_answers(folder, tmp_path, capsys)
         found = rows[key(row)]
         assert found == (row if row["condition"] != "base" else {k: v for k, v in row.items() if k != "nll"})
     assert json.loads(Path(run, "metrics.json").read_text()) == json.loads(metrics)
-    evaluation.main([run, "--saved", "--by", "nll"])
+    compare.main([run, "--by", "nll"])
     assert list(rows_of(capsys.readouterr().out)) == ["run"]
     evaluation.main([run, "--device", "cpu", "--max-new-tokens", "0", "--test", "5"])  # another test set
     row = json.loads(Path(run, "metrics.json").read_text())["test"]["steered"]

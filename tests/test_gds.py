@@ -508,3 +508,12 @@ def test_command():
     assert done.returncode == 0, done.stderr
     assert "'literal': None" in done.stdout and "t = 11" in done.stdout
     assert sum(line.startswith(KERNELS) for line in done.stdout.splitlines()) == 6
+
+
+@pytest.mark.parametrize("flags, word", [(["--nonsense"], "--nonsense"), (["--instances", "0"], "--instances is 0")])
+def test_mistakes_get_one_sentence(flags, word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gds.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    said = str(stopped.value.code)
+    assert said.startswith("gds.py: ") and word in said and "\n" not in said and capsys.readouterr().err == ""

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, modeling_utils
 
 import baselines
+import compare
 import data
 import eval as evaluation
 import train
@@ -68,7 +69,7 @@ def test_a_run_from_command_to_checkpoint_and_back(folder, tmp_path, monkeypatch
     for line in log:
         assert line["best_nll"] <= line["mean_nll"] and 0 < line["codes_used"] <= 1
         weighted = line["generalist"] + line["steered"] + 0.5 * line["policy"] + 0.1 * line["prior"]
-        assert line["total"] == pytest.approx(weighted, rel=1e-4)
+        assert line["loss"] == pytest.approx(weighted, rel=1e-4)
     metrics = json.loads((out / "metrics.json").read_text())
     assert list(metrics["test"]) == ["base", "steered", "off", "random", "other"]
     for name in metrics["test"]:
@@ -102,20 +103,20 @@ def test_the_ablations_teach_what_they_say(folder, tmp_path, monkeypatch):
     lm.save_pretrained("dry")
     tokenizer.save_pretrained("dry")
     logs = {}
-    for objective in ("full", "specialist"):
+    for generalist in ("--generalist", "--no-generalist"):
         for codes in ("best", "argmax"):
-            train.main(["--model", "dry", *SUMS, "--objective", objective, "--update-on", codes, "--test", "1",
-                        "--out", "run", "--overwrite"])
+            train.main(["--model", "dry", *SUMS, generalist, "--update-on", codes, "--test", "1", "--out", "run",
+                        "--overwrite"])
             for line in log_of("run"):
                 assert line["steered"] == pytest.approx(line[f"{codes}_nll"], rel=1e-5)
-                assert line["generalist"] == pytest.approx(line["off_nll"] * (objective == "full"), rel=1e-5)
+                assert line["generalist"] == pytest.approx(line["off_nll"] * (generalist == "--generalist"), rel=1e-5)
                 assert line["best_nll"] <= line["mean_nll"]
-            logs[objective, codes] = line
+            logs[generalist, codes] = line
     assert len({line["argmax_nll"] for line in logs.values()}) == 4  # four ways to train
 
 
 @pytest.mark.parametrize("flags", [["--recipe", "ours"], ["--method", "soft"], ["--update-on", "sample"],
-                                   ["--search", "beam"], ["--search", "response", "--rollout-batch", "2"],
+                                   ["--search", "beam"], ["--search", "response"],
                                    ["--search", "response", "--recipe", "ours", "--update-on", "sample"]])
 def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags):
     """The log tells how far router and search are apart; a reloaded run answers alike, whatever its units and norms."""
@@ -141,26 +142,27 @@ def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags
     assert json.loads(Path("run", "metrics.json").read_text()) == json.loads(before)
 
 
-def test_a_prompt_that_was_not_searched_is_steered_but_not_imitated(folder, monkeypatch):
-    lm = AutoModelForCausalLM.from_pretrained(folder).eval()
-    model, steered, imitated = DLRModel(lm, num_codes=4, chunk_size=2).eval(), [], []
-    text_terms, router_terms = model.text_terms, model.router_terms
-    monkeypatch.setattr(model, "text_terms", lambda *args: steered.append(args[2]) or text_terms(*args))
-    monkeypatch.setattr(model, "router_terms", lambda *args: imitated.append(args[0][0][2]) or router_terms(*args))
+@pytest.mark.parametrize("name", ["response", "rollouts", "beam"])
+def test_a_prompt_that_was_not_searched_is_steered_but_not_imitated(folder, name):
+    """With the response search the policy term is the cross-entropy of response chunks alone; otherwise of all."""
+    args = train.parse_args(["--model", str(folder), *SUMS, "--search", name, "--chunk", "2"])
+    model = train.build(args, AutoModelForCausalLM.from_pretrained(folder), None, torch.device("cpu"))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.nn.init.normal_(model.codebook)
     ids = torch.arange(20).view(2, 10) % 11
-    response = torch.arange(10) >= torch.tensor([[5], [8]])
-    searched = torch.tensor([[False, False, True, True, True], [False] * 4 + [True]])
-    for search, rows in (("response", 2), ("rollouts", 0), ("beam", 1)):
-        args = train.parse_args(["--model", str(folder), *SUMS, "--search", search, "--rollout-batch", str(rows)])
-        train.check_settings(args)
-        torch.manual_seed(0)
-        train.Step(args, model)((ids, None, response), response.sum(), [], True, False, None)
-        steer, taught = steered.pop(), imitated.pop()
-        if search == "response":
-            assert torch.equal(taught >= 0, searched)
-            assert torch.equal(steer, torch.where(searched, taught, model.route(ids).argmax(-1)))
-        else:
-            assert torch.equal(taught, steer) and (taught >= 0).all()
+    labels = ids.masked_fill(torch.arange(10) < torch.tensor([[5], [8]]), -100)
+    torch.manual_seed(0)
+    out = model.train()(ids, labels=labels)
+    searched = torch.tensor([[False, False, True, True, True], [False] * 4 + [True]]) if name == "response" else None
+    codes, z = out.found.codes, model.route(out.trunk)
+    if searched is None:
+        searched = torch.ones_like(codes, dtype=torch.bool)
+    assert torch.equal(codes[~searched], z.argmax(-1)[~searched])
+    expected = -z.log_softmax(-1).gather(-1, codes[..., None])[..., 0][searched].mean()
+    torch.testing.assert_close(out.policy, expected)
+    torch.testing.assert_close(out.steered, -model.log_likelihood(out.trunk, labels, codes).sum() / 7)
 
 
 @pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "lora")])
@@ -226,9 +228,9 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--lr", "-1"], "--lr is -1"),
     (["--freeze", "--method", "sft"], "have nothing to train"),
     (["--method", "lora", "--lora-layers", "0", "3"], "blocks 0 to 2"),
-    (["--pauses", "0", "--method", "pause"], "--pauses is 0"),
     (["--search", "beam", "--policy", "rloo"], "want draws"),
-    (["--rollout-batch", "-1"], "--rollout-batch is -1"),
+    (["--look-every", "0"], "--look-every is 0"),
+    (["--temperature", "-1"], "--temperature is -1"),
     (["--model", "empty"], "no config.json"),
     (["--model", "nowhere.gguf"], "nowhere.gguf does not exist"),
     (["--model", "no/such-model"], "pass a model folder"),
@@ -236,7 +238,6 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--model", "tiny", "--data", "mine.jsonl"], "--model tiny only reads arithmetic"),
     (["--model", "tiny", "--data", "arithmetic", "--layer", "2", "--n", "9"], "blocks 0 to 1"),
     (["--resume"], "holds no run to resume"),
-    (["--benchmark", "-1"], "must not be negative"),
     (["--shard"], "start it with torchrun"),
 ])
 def test_bad_input_is_answered_in_one_sentence(folder, tmp_path, monkeypatch, flags, said):
@@ -277,35 +278,6 @@ def test_a_run_that_selects_by_rounding_warns(folder, tmp_path, monkeypatch, cap
     assert "by rounding" not in capsys.readouterr().out
 
 
-def test_the_benchmark_times_every_kind_of_step_and_trains_nothing(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    train.main(["--model", str(folder), *SUMS, "--benchmark", "1", "--layer", "0"])
-    printed = capsys.readouterr().out
-    rows = {line[:30].strip(): line[30:].split() for line in printed.splitlines()}
-    kinds = [name for name, row in rows.items() if len(row) >= 4 and name.startswith(("SFT", "DLR", "naive"))]
-    seconds = {name: float(rows[name][0]) for name in kinds}
-    assert len(seconds) == 8 and min(seconds.values()) > 0
-    # the floor, written out: two of three blocks above the injection; each sum has 14 tokens, 6 of them of the response
-    body, head, share = 2 * 3 * (12 * 32**2 + 13 * 32), 2 * len(data.arithmetic_tokenizer()) * 32, 6 / 14
-    sft = 3 * body + 3 * share * head
-    for n in (1, 4, 8, 16):
-        least = body * (3 / 3 + 2 / 3 * (n + 6)) + share * head * (n + 6)
-        assert float(rows[f"DLR, N = {n}"][4]) == pytest.approx(least / sft, abs=0.006)
-    assert not (tmp_path / "runs").exists()
-    after = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_the_naive_step_has_the_loss_of_ours(folder):
-    """With one code there is one rollout, so both know the winner."""
-    model, tokenizer = little_model(folder, num_codes=1, chunk_size=2, scale=1.0)
-    ids, mask, response = data.collate(data.encode(data.arithmetic(5) + data.arithmetic(2, digits=6), tokenizer)[0])
-    ours = model.loss(ids, response, torch.zeros(7, 40, dtype=torch.long), attention_mask=mask)
-    naive = baselines.naive_dlr_loss(model, ids, mask, response, 3)
-    torch.testing.assert_close(naive, ours.generalist + ours.steered)
-
-
 def test_a_search_that_is_too_large_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sentence = call(train.main, "--model", folder, *SUMS, "--search", "exact", "--chunk", "1", "--codes", "8")
@@ -319,10 +291,11 @@ def test_eval_compares_runs_in_pairs(folder, tmp_path, monkeypatch, capsys):
     runs = [f"runs/little-arithmetic-sft-s{seed}" for seed in (0, 1)]
     capsys.readouterr()
     evaluation.main([*runs, "--test", "7"])
-    printed = capsys.readouterr().out
-    assert "7 test examples" in printed
-    rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("arithmetic ")}
-    assert list(rows) == ["little-arithmetic-sft-s0", "little-arithmetic-sft-s1"]  # no base: it answered 12
+    assert capsys.readouterr().out.count("7 test examples") == 2
+    compare.main([*runs, "--against", runs[0]])
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("arithmetic ")}
+    assert list(rows) == ["base", "little-arithmetic-sft-s0", "little-arithmetic-sft-s1"]
+    assert "on 7 of 12 questions" in rows["base"] and "questions" not in rows["little-arithmetic-sft-s1"]
     assert "not a finished run" in call(evaluation.main, "runs")
 
 
@@ -410,37 +383,39 @@ def little_model(folder, **settings):
 
 def test_the_sft_loss_is_the_lms_own(folder):
     model, tokenizer = little_model(folder)
-    ids, mask, response = data.collate(data.encode(data.arithmetic(6), tokenizer)[0])
-    labels = ids.masked_fill(~response, -100)
-    expected = model.lm(input_ids=ids, attention_mask=mask, labels=labels).loss
-    torch.testing.assert_close(baselines.sft_loss(model, ids, mask, response), expected)
+    batch = data.collate(data.encode(data.arithmetic(6), tokenizer)[0])
+    expected = model.lm(**batch).loss
+    plain = baselines.Unsteered(model.lm)
+    for module in plain.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.testing.assert_close(plain(**batch).loss, expected)
+    torch.testing.assert_close(plain.eval()(**batch).loss, expected)
 
 
 @pytest.mark.parametrize("method", ["sft", "soft", "dlr"])
-def test_accumulated_batches_step_like_one(folder, tmp_path, method):
-    """Texts of unequal length: two batches of 4 make the step of one batch of 8, in every term of the loss."""
+def test_accumulated_batches_step_like_one(steady_folder, tmp_path, method):
+    """Texts of unequal length: two batches of 4 make the step of one batch of 8, in every term that is a sum over
+    texts (policy and prior are means of each batch, weighted by its tokens: off here)."""
     weights, lines = [], []
     examples = data.arithmetic(7, digits=2) + data.arithmetic(1, digits=15)  # one of the two batches is the longer one
     for size in (4, 8):
-        model, tokenizer = little_model(folder, num_codes=4, chunk_size=2)
         out = tmp_path / str(size)
         out.mkdir()
-        args = train.parse_args(["--model", str(folder), "--method", method, "--batch-size", str(size), "--accumulate",
-                                 str(8 // size), "--lr", "1e-3", "--codes", "4", "--chunk", "2", "--temperature", "0",
-                                 "--out", str(out)])
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        for parameter in (model.codebook, model.router.weight):
-            parameter.requires_grad_(method != "sft")
+        args = train.parse_args(["--model", str(steady_folder), "--method", method, "--batch-size", str(size),
+                                 "--accumulate", str(8 // size), "--lr", "1e-3", "--codes", "4", "--chunk", "2",
+                                 "--temperature", "0", "--alpha-policy", "0", "--alpha-reg", "0", "--out", str(out)])
+        lm, tokenizer = train.load_model(args, dict(pretrained_model_name_or_path=steady_folder), "cpu")
+        model = train.build(args, lm, None, torch.device("cpu"))
+        torch.nn.init.normal_(model.codebook)
         assert train.train(args, model, data.encode(examples, tokenizer)[0], None, torch.device("cpu"))
         weights.append(model.lm.transformer.h[0].mlp.c_fc.weight)
         lines.append(log_of(out)[0])
-    before = AutoModelForCausalLM.from_pretrained(folder).transformer.h[0].mlp.c_fc.weight
+    before = AutoModelForCausalLM.from_pretrained(steady_folder).transformer.h[0].mlp.c_fc.weight
     assert (weights[0] - before).abs().max() > 1e-4
     torch.testing.assert_close(weights[0], weights[1], atol=2e-6, rtol=1e-4)
-    terms = {"sft": ["loss"], "soft": ["generalist", "steered", "prior"]}.get(method, ["policy", "prior", "total"])
-    for name in [*terms, "grad_norm"]:  # AdamW's first step hardly tells the scale of a gradient
+    terms = [] if method == "sft" else ["generalist", "steered"]
+    for name in [*terms, "loss", "grad_norm"]:  # AdamW's first step hardly tells the scale of a gradient
         assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4), name
 
 
@@ -464,7 +439,7 @@ def test_gradient_checkpointing_changes_no_number(steady_folder, tmp_path, monke
     train.main([*settings, "--gradient-checkpointing", "--out", "checkpointed"])
     assert again  # it was on
     for line, other in zip(log_of("plain"), log_of("checkpointed"), strict=True):
-        assert line["total"] == pytest.approx(other["total"], rel=1e-4)
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
@@ -474,10 +449,12 @@ def together(*args):
             str(ROOT / "train.py"), *map(str, args)]
 
 
-@pytest.mark.parametrize("flags", [["--recipe", "ours"], ["--shard"]])
+@pytest.mark.parametrize("flags", [[], ["--shard"]])
 def test_two_processes_make_the_steps_of_one_and_resume(steady_folder, tmp_path, monkeypatch, flags):
-    """The last batch of each epoch has one text: the second process has none there, and must not hang."""
-    settings = ["--model", str(steady_folder), *SUMS, "--n", "33", "--epochs", "6", "--save-every", "3", *flags]
+    """Where nothing is drawn, in all but the prior, which each process sees of its own texts. The last batch of each
+    epoch has one text: the second process has none there, and must not hang."""
+    settings = ["--model", str(steady_folder), *SUMS, "--n", "33", "--epochs", "6", "--save-every", "3",
+                "--temperature", "0", "--alpha-reg", "0", *flags]
     alone = [flag for flag in settings if flag != "--shard"] + ["--batch-size", "8", "--out", "one"]
     shared = [*settings, "--batch-size", "4", "--out", "two"]
     monkeypatch.chdir(tmp_path)
@@ -498,7 +475,7 @@ def test_two_processes_make_the_steps_of_one_and_resume(steady_folder, tmp_path,
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert len(one) == len(two) == 30
     for line, other in zip(one, two):
-        for name in ("generalist", "steered", "policy", "prior", "total", "best_nll", "mean_nll", "grad_norm"):
+        for name in ("generalist", "steered", "policy", "loss", "best_nll", "mean_nll", "grad_norm"):
             assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (line["step"], name)
     answers = [json.loads(Path(name, "metrics.json").read_text()) for name in ("one", "two")]
     for condition in ("base", "steered", "off"):
@@ -513,6 +490,34 @@ def test_batched_answers_equal_single_ones(folder):
         single = evaluation.answer(model, tokenizer, examples, use, max_new_tokens=9, batch_size=1)
         assert batched[0] == single[0] and torch.equal(batched[1], single[1])
     assert all(len(row["ids"]) <= 9 for row in batched[0])
+
+
+def test_answers_are_greedy_whatever_the_lm_brings_along(folder):
+    """Generation settings that come with a model, as many do, would otherwise sample, and another answer each time."""
+    model, tokenizer = little_model(folder, num_codes=4, chunk_size=3, scale=1.0)
+    examples = data.arithmetic(4)
+    plain = evaluation.answer(model, tokenizer, examples, max_new_tokens=6, batch_size=4)[0]
+    model.lm.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=5.0)
+    assert evaluation.answer(model, tokenizer, examples, max_new_tokens=6, batch_size=4)[0] == plain
+    for example, found in zip(examples, plain):
+        ids = tokenizer(example.prompt).input_ids
+        for _ in range(6):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        said = ids[-6:]
+        assert found["ids"] == said[: said.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else 6]
+
+
+def test_auto_takes_the_best_device_there_is(monkeypatch):
+    for cuda, mps, name in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        assert evaluation.choose_device().type == name
+
+
+def test_off_a_terminal_a_run_says_little(folder, tmp_path):
+    done = run("--model", folder, *SUMS, "--test", "2", cwd=tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "\r" not in said and "\x1b" not in said and len(said.splitlines()) < 25
 
 
 def test_another_examples_codes_really_steer(folder):
@@ -540,7 +545,7 @@ def test_response_nll_counts_response_tokens_with_their_end(folder):
     for example, found, count in zip(examples, nll, tokens, strict=True):
         prompt = tokenizer(example.prompt).input_ids
         response = tokenizer(example.response).input_ids + [tokenizer.eos_token_id]
-        log_p = model(torch.tensor([prompt + response]))[0].log_softmax(-1)
+        log_p = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         total = -sum(log_p[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
         assert found == pytest.approx(total, rel=1e-4) and count == len(response)
 
@@ -561,11 +566,11 @@ def test_intervals():
 
 def test_the_embedded_settings_give_way_to_flags():
     args = train.parse_args([])
-    assert (args.codes, args.chunk, args.rollouts, args.freeze, args.layer) == (8, 1, 4, True, 0)
+    assert (args.num_codes, args.chunk_size, args.rollouts, args.freeze, args.layer) == (8, 1, 4, True, 0)
     args = train.parse_args(["--codes", "5", "--no-freeze"])
-    assert (args.codes, args.chunk, args.freeze) == (5, 1, False)
+    assert (args.num_codes, args.chunk_size, args.freeze) == (5, 1, False)
     args = train.parse_args(["--model", "gpt2", "--data", "gsm8k"])
-    assert (args.codes, args.chunk, args.rollouts, args.scale, args.layer) == (32, 4, 8, 0.1, None)
+    assert (args.num_codes, args.chunk_size, args.rollouts, args.scale, args.layer) == (32, 4, 8, 0.1, None)
     assert (args.lr, args.code_lr, args.alpha_policy, args.alpha_reg, args.freeze) == (1e-5, 1e-3, 0.5, 0.1, False)
     assert args.out == "runs/gpt2-gsm8k-dlr-s0" and args.max_new_tokens == 256
 
@@ -597,5 +602,8 @@ def test_prompts_and_answers_fit_the_context(folder):
                               eos_token_id=tokenizer.eos_token_id, pad_token_id=0)[0, 26:].tolist()
     expected = expected[: expected.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in expected else expected
     assert short[2]["text"] == tokenizer.decode(expected, skip_special_tokens=True)  # the prompt was not cut
+    prompts, room = evaluation.encode_to_answer(model, tokenizer, examples, 60)
+    whole = tokenizer(examples[3].prompt).input_ids  # 62 tokens: its end stays, where the question is
+    assert prompts[3] == whole[-32:] and prompts[2] == tokenizer(examples[2].prompt).input_ids and room == 32
     long, _ = evaluation.answer(model, tokenizer, examples, max_new_tokens=60, batch_size=4)
     assert all(len(row["ids"]) <= 32 for row in long)

@@ -1,0 +1,184 @@
+"""Compare finished runs, from the answers that they hold: paired by test example and by seed, with intervals.
+
+    python compare.py --against runs/sft-s0 runs/dlr-s0 runs/sft-s0              # two runs
+    python compare.py --seeds --against runs/sft-s0 runs/*-s?                    # runs that differ in seed only are one row
+    python compare.py --seeds --by nll --against runs/sft-s0 runs/*-s?           # the same in NLL instead of accuracy
+
+A difference, of accuracy or of NLL, is taken example by example, then averaged: a bootstrap over examples gives its
+interval and p value (eval.py), the spread over seeds its standard error. Rows are compared on the questions that both
+were asked; where those are not all that a row was asked, the row says so, and where there are none, nothing is printed.
+"""
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eval import compare, conditions_of, interval, questions, read_config, saved
+
+LACKING = {"strict": "it holds no answers; give --by nll, or answer its test set with --max-new-tokens.",
+           "nll": "it does not hold the NLL of each example; evaluate it anew (eval.py --max-new-tokens 0 will do)."}
+
+
+@dataclass
+class Result:
+    """A run that was evaluated: `metrics` and `predictions` by condition."""
+
+    run: str
+    config: dict
+    metrics: dict
+    predictions: dict
+
+    data = property(lambda self: Path(self.config["data"]).name)
+    main = property(lambda self: conditions_of(self.config["method"])[0])
+
+
+def saved_result(run):
+    """The answers that a finished run holds -> Result. Raises FileNotFoundError for a folder that is not one."""
+    return Result(run, read_config(run), *saved(run))
+
+
+def grouped(results, join_seeds):
+    """Rows of the comparison -> {(data, name): [(Result, condition)]}; with `join_seeds` one Result a seed.
+
+    A row is a run, or all that differ in their seed alone; `base` is what the runs on that data started from."""
+    apart = {"seed", "out", "commit", "device", "save_every", "resume", "overwrite", "conditions",
+             "python", "torch", "transformers"}
+    rows, names = {}, {}
+    for result in results:
+        seed = result.config["seed"]
+        base = rows.setdefault((result.data, "base"), [])
+        if "base" in result.predictions and seed not in [one.config["seed"] for one, _ in base]:
+            base.append((result, "base"))
+        settings, name = str(Path(result.run)), Path(result.run).name
+        if join_seeds:
+            settings = json.dumps([value for key, value in sorted(result.config.items()) if key not in apart])
+            name = name.removesuffix(f"-s{seed}")
+        if name in names.values() and names.get(settings) != name:
+            name = str(Path(result.run))  # the name of other runs already
+        rows.setdefault((result.data, names.setdefault(settings, name)), []).append((result, result.main))
+    return {key: row for key, row in sorted(rows.items(), key=lambda item: item[0][0]) if row}
+
+
+def shared(answers):
+    """Predictions of several runs -> the same, of the questions that all of them were asked, in one order."""
+    asked = [questions(one) for one in answers]
+    if all(one == asked[0] for one in asked):
+        return answers
+    by_question = [dict(zip(*both)) for both in zip(asked, answers)]
+    common = [question for question in by_question[0] if all(question in rows for rows in by_question)]
+    return [[rows[question] for question in common] for rows in by_question]
+
+
+def stacked(answers, by):
+    """Predictions of several runs on the same examples -> (values (runs, n), weights (n,)), or None if they are not.
+
+    Values are right or wrong, weighing 1, or the nats of the reference response, weighing as many as it has tokens (an
+    example without any is left out); so sum(values) / sum(weights) is accuracy, or NLL per token. Runs whose tokens
+    differ, by their tokenizer or where a response was cut, are not comparable."""
+    if len({tuple(questions(one)) for one in answers}) != 1 or not answers[0]:
+        return None
+    pairs = np.array([[row["nll"] if by == "nll" else (row["strict"], 1) for row in one] for one in answers], float)
+    weights = pairs[0, :, 1]  # pairs (runs, n, 2)
+    if (pairs[..., 1] != weights).any() or not weights.any():
+        return None
+    return pairs[:, weights > 0, 0], weights[weights > 0]
+
+
+def paired(row, other, by="strict"):
+    """Two rows of `grouped` -> (mean, low, high, p, standard error, n) of the difference in accuracy or NLL on the n
+    questions that all were asked, or None.
+
+    Over several seeds, runs of the same seed are paired, and their examples; interval and p are over examples, the
+    standard error is over seeds (NaN for one). The NLL's difference is that of all nats over all tokens, and its
+    interval resamples examples with their nats and tokens."""
+    theirs = {result.config["seed"]: result.predictions[condition] for result, condition in other}
+    mine = {result.config["seed"]: result.predictions[condition] for result, condition in row}
+    if len(mine) == len(theirs) == 1:
+        theirs = dict(zip(mine, theirs.values()))
+    seeds = [seed for seed in mine if seed in theirs]
+    answers = shared([answers[seed] for answers in (mine, theirs) for seed in seeds]) if seeds else []
+    found = stacked(answers, by) if answers else None
+    if not found:
+        return None
+    (ours, others), weights = np.split(found[0], 2), found[1]  # (seeds, n) each, and (n,)
+    per_seed = (ours - others).sum(1) / weights.sum()
+    error = per_seed.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else np.nan
+    return *compare(ours.mean(0), others.mean(0), weights), error, len(answers[0])
+
+
+def comparison(rows, against=None, by="strict"):
+    """The rows of `grouped` as lines of text; differences are to the row that holds the run `against` (or "base")."""
+    nll = by == "nll"
+    scale, w, number = (1, 7, "7.4f") if nll else (100, 5, "5.1f")
+    shown = lambda mean, low, high, form: f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+    what, more = ("NLL", "") if nll else ("strict %", f" {'flex. %':>7} {'cut %':>5} {'tokens':>6} {'NLL':>6}")
+    lines = [f"{'data':<16} {'run':<20} {'seeds':>5} {what + '  (95%)':<{3 * w + 5}} {'± sd':>{w}}{more}"
+             + (f"  {'difference  (95%)':<{3 * w + 6}} {'± se':>{w - 1}} {'p':>5}" if against else "")]
+    for (data_name, name), row in rows.items():
+        metrics = [result.metrics[condition] for result, condition in row]
+        column = lambda key: np.array([np.ravel(one[key])[0] for one in metrics], dtype=float)  # (mean, low, high)?
+        per_seed = scale * column(by)
+        spread = f"{per_seed.std(ddof=1):{number}}" if len(row) > 1 else " " * w
+        found = stacked([result.predictions[condition] for result, condition in row], by)
+        center = (per_seed.mean(), np.nan, np.nan)
+        if found:
+            center = scale * np.array(interval(found[0].mean(0), found[1]))
+        line = f"{data_name:<16} {name:<20} {len(row):5} {shown(*center, number)} {spread}"
+        if not nll:
+            line += (f" {100 * column('flexible').mean():7.1f} {100 * column('cut_off').mean():5.1f} "
+                     f"{column('tokens').mean():6.1f} {column('nll').mean():6.3f}")
+        if against:
+            other = [o for (d, n), o in rows.items() if d == data_name
+                     and (n == against or any(Path(r.run) == Path(against) and c != "base" for r, c in o))]
+            found = paired(row, other[0], by) if other else None
+            if found:
+                mean, low, high, p, error = np.multiply(found[:5], (scale, scale, scale, 1, scale))
+                error = " " * (w - 1) if np.isnan(error) else f"{error:{w - 1}{number[1:]}}"
+            line += f"  {shown(mean, low, high, '+' + number)} {error} {p:5.3f}" if found else "  not comparable"
+            asked = max(len(result.predictions[condition]) for result, condition in row)
+            line += f"  on {found[5]} of {asked} questions" if found and found[5] < asked else ""
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def parse_args(argv=None):
+    """The settings of a comparison. -> argparse.Namespace"""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"compare.py: {message}; see --help.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished folders written by train.py")
+    parser.add_argument("--seeds", action="store_true", help="join runs that differ in their seed only")
+    parser.add_argument("--against", metavar="RUN", help="one of the runs, or base: what the others are compared with")
+    parser.add_argument("--by", choices=["strict", "nll"],
+                        help="what to compare: strict accuracy, or NLL (lower is better; default where answers lack)")
+    args = parser.parse_args(argv)
+    if args.against not in (None, "base") and Path(args.against) not in map(Path, args.runs):
+        parser.error(f"--against is {args.against}, but it should be one of the runs given, or base")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    results, left_out = [], []
+    for run in args.runs:
+        try:
+            results.append(saved_result(run))
+        except (OSError, ValueError) as error:
+            left_out.append(f"compare.py: {run} is left out: {str(error).splitlines()[0]}")
+    lacking = lambda result, by: [name for name, rows in result.predictions.items() if by not in rows[0]]
+    by = args.by or ("nll" if any(result.main in lacking(result, "strict") for result in results) else "strict")
+    for result in results:
+        for name in lacking(result, by):  # if it is the base, the run can still be compared with others
+            del result.predictions[name]
+    left_out += [f"compare.py: {r.run} is left out: {LACKING[by]}" for r in results if r.main not in r.predictions]
+    results = [result for result in results if result.main in result.predictions]
+    if results:
+        print(comparison(grouped(results, args.seeds), args.against, by))
+    if left_out:
+        sys.exit("\n".join(left_out))
+
+
+if __name__ == "__main__":
+    main()
