@@ -142,6 +142,32 @@ def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags
     assert json.loads(Path("run", "metrics.json").read_text()) == json.loads(before)
 
 
+def test_the_hindsight_sentence_averages_the_last_fifth_of_the_looks(tmp_path):
+    def said(lines, *flags):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return train.hindsight_gap(train.parse_args(["--model", "x", "--out", str(tmp_path), *flags]))
+
+    look = lambda off, mean, argmax, best: dict(off_nll=off, mean_nll=mean, argmax_nll=argmax, best_nll=best)
+    early, late = [look(9.0, 9.0, 9.0, 9.0)] * 8, [look(2.0, 1.5, 1.4, 1.0), look(1.0, 0.7, 0.8, 0.6)]
+    between = {"step": 3, "best_nll": 7.0, "mean_nll": 7.0}  # a step that was not looked at
+    sentence = said([*early, late[0], between, late[1]])
+    assert "off 1.5000, rollouts' mean 1.1000, router's argmax 1.1000, best rollout 0.8000" in sentence
+    assert "the router recovers 57% of what the search finds" in sentence  # (1.5 - 1.1) / (1.5 - 0.8)
+    assert "finds nothing yet" in said([look(1.0, 1.0, 1.0, 1.0 - 1e-5)])
+    for flags in (["--codes", "1"], ["--rollouts", "1"], ["--rollouts", "1", "--search", "response"]):
+        assert "nothing was searched" in said(late, *flags)
+    assert "recovers" in said(late, "--rollouts", "1", "--search", "exact")
+
+
+def test_two_runs_that_teach_the_same_base_do_not_disturb_each_other(tmp_path, monkeypatch):
+    args, teach = train.parse_args(["--out", str(tmp_path / "run")]), baselines.teach_tiny
+    first = teach(args, "cpu", most_steps=1)
+    weights = (first / "model.safetensors").read_bytes()
+    monkeypatch.setattr(Path, "is_file", lambda path: False)  # the second one looked before the first was done
+    assert teach(args, "cpu", most_steps=2) == first
+    assert (first / "model.safetensors").read_bytes() == weights and list(tmp_path.iterdir()) == [first]
+
+
 @pytest.mark.parametrize("name", ["response", "rollouts", "beam"])
 def test_a_prompt_that_was_not_searched_is_steered_but_not_imitated(folder, name):
     """With the response search the policy term is the cross-entropy of response chunks alone; otherwise of all."""
