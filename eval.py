@@ -68,27 +68,25 @@ def choose_device(name="auto"):
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def interval(values, weights=None):
-    """sum(values) / sum(weights), both (n,), with its 95% percentile bootstrap interval -> (ratio, low, high).
+def resampled(values, weights=None):
+    """sum(values) / sum(weights), both (n,), with its 95% percentile bootstrap interval -> (ratio, low, high, ratios).
 
-    Without weights, that is the mean of the values; of nats, with tokens for weights, nats per token."""
-    return compare(values, 0, weights)[:3]
-
-
-def compare(a, b, weights=None):
-    """`interval` of the paired difference a - b of two runs on the same examples (n,) -> (ratio, low, high, p).
-
-    5000 resamples of the examples, seeded; p is two-sided: twice the smaller share of them on either side of zero."""
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    weights = np.ones(len(difference)) if weights is None else weights
-    if np.ptp(difference / weights) == 0:  # nothing to resample
-        return (float(difference[0] / weights[0]),) * 3 + (float(difference[0] == 0),)
+    Without weights, that is the mean of the values; of nats, with tokens for weights, nats per token. ratios (5000,):
+    the same of seeded resamples of the n examples."""
+    values = np.asarray(values, dtype=float)
+    weights = np.ones(len(values)) if weights is None else weights
+    if np.ptp(values / weights) == 0:  # nothing to resample
+        ratio = float(values[0] / weights[0])
+        return ratio, ratio, ratio, np.full(5000, ratio)
     ratio = lambda above, below, axis=-1: above.sum(axis) / below.sum(axis)
-    ratios = bootstrap((difference, weights), ratio, paired=True, n_resamples=5000, batch=500, method="percentile",
+    ratios = bootstrap((values, weights), ratio, paired=True, n_resamples=5000, batch=500, method="percentile",
                        rng=0).bootstrap_distribution
-    tail = min((ratios <= 0).sum(), (ratios >= 0).sum())
-    return (float(ratio(difference, weights)), *map(float, np.quantile(ratios, [0.025, 0.975])),
-            float(min(1.0, 2 * (tail + 1) / (len(ratios) + 1))))
+    return float(ratio(values, weights)), *map(float, np.quantile(ratios, [0.025, 0.975])), ratios
+
+
+def interval(values, weights=None):
+    """The first three of `resampled` -> (ratio, low, high)."""
+    return resampled(values, weights)[:3]
 
 
 def others_codes(codes):
@@ -158,9 +156,9 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
         input_ids, mask = data.collate_prompts([prompts[i] for i in batch], device=device)
         use = table_intervention(intervention[batch].to(device)) if torch.is_tensor(intervention) else intervention
         with model.intervene(use):
-            # the sampling settings that some models bring along are switched off: every model answers alike
-            output = model.generate(input_ids, mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None,
-                                    top_p=None, top_k=None, repetition_penalty=None,
+            # the settings that some models bring along are switched off: every model answers alike
+            output = model.generate(input_ids, mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                                    temperature=None, top_p=None, top_k=None, repetition_penalty=None,
                                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
         for i, ids, codes in zip(batch, output[:, input_ids.shape[1]:].tolist(), model.last_codes.cpu()):
             ended = tokenizer.eos_token_id in ids
