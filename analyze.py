@@ -47,6 +47,7 @@ from scipy.stats import entropy
 import data
 from eval import (KEEP, OFF, answer, batches, choose_device, encode_to_answer, interval, load_data, load_run,
                   others_codes, reference_rows, response_nll, router_codes)
+from search import beam_search
 
 PASSES_ON, CARRIED = ("US", "SS", "UD", "ME"), ("US", "UC", "UD", "UB")  # labels of data.subtasks
 
@@ -76,10 +77,10 @@ def interventions(model, tokenizer, examples, on, rows, seed=0, **settings):
     on: (predictions, codes) of `answer` without intervention; rows: the reference texts; `settings` go to `answer`.
     Intervals are (mean, low, high); changes are differences to "on", paired by example."""
     prompts, room = encode_to_answer(model, tokenizer, examples, settings["max_new_tokens"])
-    width = -(-(max(map(len, prompts)) + room) // model.chunk_size)  # an answer may get longer than it is with "on"
+    width = -(-(max(map(len, prompts)) + room) // model.settings.chunk_size)  # an answer may get longer than it is with "on"
     codes = F.pad(on[1], (0, max(0, width - on[1].shape[1])), value=KEEP)
-    answered = conditions(codes, list(map(len, prompts)), model.chunk_size)
-    scored = conditions(router_codes(model, rows, settings["batch_size"]), [n for _, n in rows], model.chunk_size)
+    answered = conditions(codes, list(map(len, prompts)), model.settings.chunk_size)
+    scored = conditions(router_codes(model, rows, settings["batch_size"]), [n for _, n in rows], model.settings.chunk_size)
     topics, result, before = [example.topic for example in examples], {}, None
     for name, use in answered.items():
         torch.manual_seed(seed)
@@ -105,7 +106,7 @@ def swap(model, tokenizer, examples, on, seed=0, **settings):
     codes, topics, result = on[1], [example.topic for example in examples], {}
     for k in codes[codes >= 0].unique().tolist():
         touched = (codes == k).any(1).nonzero()[:, 0].tolist()  # where k never steers, the answer stays
-        other = lambda codes: (codes + torch.randint_like(codes, 1, model.num_codes)) % model.num_codes
+        other = lambda codes: (codes + torch.randint_like(codes, 1, model.settings.num_codes)) % model.settings.num_codes
         torch.manual_seed(seed)
         predictions, _ = answer(model, tokenizer, [examples[i] for i in touched], label=f"without code {k}", **settings,
                                 intervention=lambda codes, k=k: torch.where(codes == k, other(codes), codes))
@@ -125,16 +126,17 @@ def activity(model, codes, rows, batch_size):
     is often a hundred times as long as the others (an attention sink)."""
     norms = []
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
-        input_ids, mask, _ = data.collate([rows[i] for i in batch], device=model.codebook.device)
-        norms.append(model.trunk(input_ids, mask).hidden.float().norm(dim=-1)[:, 1:][mask[:, 1:].bool()].cpu())
+        texts = data.collate([rows[i] for i in batch], device=model.device)
+        trunk, later = model.trunk(texts["input_ids"], texts["attention_mask"]), texts["attention_mask"][:, 1:].bool()
+        norms.append(trunk.hidden.float().norm(dim=-1)[:, 1:][later].cpu())
     typical = torch.cat(norms).median().item()
     taken = codes[codes >= 0].numpy()  # (steered chunks,)
-    uses = np.bincount(taken, minlength=model.num_codes)  # (C,)
+    uses = np.bincount(taken, minlength=model.settings.num_codes)  # (C,)
     vectors = model.codebook.detach().double().cpu().numpy()  # (C, H)
     length = np.linalg.norm(vectors, axis=1)
     unit = vectors[(uses > 0) & (length > 0)] / length[(uses > 0) & (length > 0), None]
     cosines = (unit @ unit.T)[~np.eye(len(unit), dtype=bool)]
-    push = model.scale * model.unit.item() * length / typical
+    push = model.settings.scale * model.unit.item() * length / typical
     bits = float(entropy(uses, base=2))
     return {"uses": uses.tolist(), "used": float((uses > 0).mean()), "entropy": bits, "effective": 2**bits,
             "cosine": float(cosines.mean()) if len(cosines) else None, "state_norm": typical,
@@ -213,7 +215,7 @@ def digit_chunks(tokenizer, examples, rows, chunk_size):
 
 def digit_information(model, tokenizer, examples, rows, codes, batch_size, seed=0, routers=5, shuffles=20):
     """What codes tell of the answer digits of sums -> {label: {bits, possible, random_router, null}}; None as above."""
-    chunks = digit_chunks(tokenizer, examples, rows, model.chunk_size)
+    chunks = digit_chunks(tokenizer, examples, rows, model.settings.chunk_size)
     if chunks is None:
         return None
     of_digits = lambda codes: np.take_along_axis(codes.numpy(), chunks, axis=1)  # (n, digits)
@@ -246,18 +248,17 @@ def search_gap(model, rows, batch_size, seed=0, most=64):
     "optimum" (None where the codes have more than 4096 sequences) drops no prefix but at the last chunk."""
     numbers, total, tokens = [2**i for i in range(most.bit_length())], Counter(), 0  # total: log p by what found it
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
-        input_ids, mask, response = data.collate([rows[i] for i in batch], device=model.codebook.device)
-        trunk = model.trunk(input_ids, mask)
-        generator = torch.Generator(input_ids.device).manual_seed(seed)
-        found = model.search(input_ids, response, most, trunk=trunk, generator=generator)
-        beam = lambda n: model.beam_search(input_ids, response, n, trunk=trunk).log_likelihood[:, 0].sum().item()
+        texts = data.collate([rows[i] for i in batch], device=model.device)
+        trunk, labels = model.trunk(texts["input_ids"], texts["attention_mask"]), texts["labels"]
+        found = model.search(trunk, labels, most, generator=torch.Generator(model.device).manual_seed(seed))
+        beam = lambda n: beam_search(model, trunk, labels, n).log_likelihood[:, 0].sum().item()
         for name, codes in (("argmax", None), ("off", torch.full_like(found.codes, -1))):
-            total[name] += model.log_likelihood(input_ids, response, codes, trunk=trunk).sum().item()
+            total[name] += model.log_likelihood(trunk, labels, codes).sum().item()
         total.update({("rollouts", n): found.log_likelihood[:, :n].amax(1).sum().item() for n in numbers})
         total.update({("beam", n): beam(n) for n in numbers})
-        wide = model.num_codes ** (trunk.real.shape[1] - 1)
-        total["optimum"] += np.nan if wide * model.num_codes > 4096 else beam(wide)
-        tokens += response[:, 1:].sum().item()
+        wide = model.settings.num_codes ** (trunk.real.shape[1] - 1)
+        total["optimum"] += np.nan if wide * model.settings.num_codes > 4096 else beam(wide)
+        tokens += (labels[:, 1:] >= 0).sum().item()
     nll = {name: -value / tokens for name, value in total.items()}
     return {"n": numbers, **{name: [nll[name, n] for n in numbers] for name in ("rollouts", "beam")},
             "argmax": nll["argmax"], "off": nll["off"], "optimum": None if np.isnan(nll["optimum"]) else nll["optimum"]}
@@ -381,7 +382,7 @@ def analyse(args, model, tokenizer, examples, kept, rows, **settings):
     if args.interventions:
         found["interventions"] = interventions(model, tokenizer, examples, on, rows, args.seed, **settings)
         print(interventions_text(found["interventions"]), end="\n\n")
-    if args.swap and model.num_codes == 1:
+    if args.swap and model.settings.num_codes == 1:
         print("One code alone cannot be swapped for another.\n")
     elif args.swap:
         found["swap"] = swap(model, tokenizer, examples, on, args.seed, **settings)
@@ -417,7 +418,7 @@ def main(argv=None):
         except (OSError, ValueError) as error:
             left_out.append(f"analyze.py: {run} is left out: {error}".splitlines()[0])
             continue
-        print(f"{run}: {len(examples)} test examples of {config['data']}, {model.num_codes} codes\n")
+        print(f"{run}: {len(examples)} test examples of {config['data']}, {model.settings.num_codes} codes\n")
         settings = dict(max_new_tokens=config["max_new_tokens"], batch_size=config["batch_size"])
         found = analyse(args, model, tokenizer, examples, kept, rows, **settings)
         given = {"test": len(examples), "seed": args.seed, "min_count": args.min_count, **settings}

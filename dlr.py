@@ -424,7 +424,7 @@ class DLRModel(nn.Module):
                 checks = probe._restated(ids, mask, codes)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{self._named} cannot be steered: {reason}") from error
+            raise ValueError(f"{self._named} cannot be steered: {reason.rstrip('.')}.") from error
         tolerance = max(1e-3, torch.finfo(self.dtype).eps ** 0.5)
         for what, got, expected in checks:
             off, near = (got - expected).abs().max(), tolerance * expected.abs().max()
@@ -520,7 +520,8 @@ class DLRModel(nn.Module):
         """`rollouts` code sequences from router logits (B, M, C) -> (B, R, M)."""
         if rollouts is None:  # one code leaves nothing to search
             rollouts = self.settings.rollouts if self.settings.num_codes > 1 else 1
-        tau = torch.as_tensor(self.settings.temperature if temperature is None else temperature, dtype=torch.float32)
+        tau = self.settings.temperature if temperature is None else temperature
+        tau = torch.as_tensor(tau, dtype=torch.float32, device="cpu")
         if rollouts < 1 or tau.min() < 0 or tau.numel() not in (1, rollouts):
             raise ValueError(f"rollouts is {rollouts}, which must be at least 1, and temperature {temperature}, which "
                              f"must be one number >= 0, or one for each rollout.")

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from colours import ansi, legend, painted, painter, pieces
 from data import Example
 from dlr import DLRModel
 from eval import answer, choose_device, encode_to_answer, table_intervention
+from figures import ansi, legend, painted, painter, pieces
 
 
 def codes_like(pattern, example):
@@ -64,10 +64,10 @@ def load(run, device):
 def interventions(args, model):
     """What to answer under -> {name: intervention, as `answer` takes it}. Raises ValueError for a code out of range."""
     codes, asked = args.codes or args.swap or [0], {"base": "off"} if args.off else {}
-    if max(codes) >= model.num_codes:
-        raise ValueError(f"code {max(codes)} is out of range: this model has codes 0 to {model.num_codes - 1}.")
+    if max(codes) >= model.settings.num_codes:
+        raise ValueError(f"code {max(codes)} is out of range: this model has codes 0 to {model.settings.num_codes - 1}.")
     if args.codes:
-        table = torch.tensor([codes], device=model.codebook.device)
+        table = torch.tensor([codes], device=model.device)
         asked = {f"--codes {','.join(map(str, codes))}": table_intervention(table)}
     if args.swap:
         asked = {"--swap {}:{}".format(*codes): lambda grid: torch.where(grid == codes[0], codes[1], grid)}
@@ -81,11 +81,11 @@ def reply(model, tokenizer, prompt, intervention, max_new_tokens):
     (head,), _ = encode_to_answer(model, tokenizer, [example], max_new_tokens)
     (said,), codes = answer(model, tokenizer, [example], intervention, max_new_tokens, batch_size=1)
     tail = said["ids"] + [tokenizer.eos_token_id] * (not said["cut_off"])
-    text = torch.tensor([head + tail], device=model.codebook.device)  # (1, T)
-    used = F.pad(codes, (0, -(-text.shape[1] // model.chunk_size) - codes.shape[1]), value=-1).to(text)  # (1, M)
-    response = torch.arange(text.shape[1], device=text.device)[None] >= len(head)  # (1, T)
-    nll = -model.log_likelihood(text, response, used).item() / len(tail)
-    return pieces(tokenizer, head + said["ids"], len(head), codes[0].tolist(), model.chunk_size), nll
+    text = torch.tensor([head + tail], device=model.device)  # (1, T)
+    used = F.pad(codes, (0, -(-text.shape[1] // model.settings.chunk_size) - codes.shape[1]), value=-1).to(text)  # (1, M)
+    labels = torch.tensor([[-100] * len(head) + tail], device=model.device)
+    nll = -model.log_likelihood(model.trunk(text), labels, used).item() / len(tail)
+    return pieces(tokenizer, head + said["ids"], len(head), codes[0].tolist(), model.settings.chunk_size), nll
 
 
 def read_lines():

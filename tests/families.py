@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dlr import DLRModel, find_blocks
+from search import beam_search, response_search
 
 C, K, SCALE, NEW = 5, 2, 2.0, 4  # codes, tokens a chunk, alpha, tokens generated
 TOLERANCE = 2e-5  # of the largest logit, in float32
@@ -146,10 +147,6 @@ def restate(model, text, codes=None):
     return logits, used
 
 
-def _logits(output):
-    return output if torch.is_tensor(output) else output.logits
-
-
 def _apart(found, wanted):
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
 
@@ -172,8 +169,8 @@ def hold_to_restatement(model, of_generation=TOLERANCE):
     last = [restate(model, texts[0], codes)[0][-1] for codes in (given[0], torch.tensor([0, 1, 4, 3]))]
     if _apart(*last) < 5 * TOLERANCE:
         raise AssertionError("no code steers the tokens of later chunks: too tiny to show anything")
-    steered, routed = _logits(model(ids, mask, codes=given)), _logits(model(ids, mask))
-    off = _logits(model(ids, mask, codes=torch.full_like(given, -1)))
+    steered, routed = model(ids, mask, codes=given).logits, model(ids, mask).logits
+    off = model(ids, mask, codes=torch.full_like(given, -1)).logits
     out = model.generate(ids, mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
                          return_dict_in_generate=True)
     for row, text in enumerate(texts):
@@ -187,9 +184,9 @@ def hold_to_restatement(model, of_generation=TOLERANCE):
         if model.last_codes[row, : len(codes)].tolist() != codes:
             raise AssertionError(f"codes of generation are {model.last_codes[row].tolist()}, not {codes}")
     response = mask.bool() & (torch.arange(7) > 3)
+    trunk, labels = model.trunk(ids, mask), ids.masked_fill(~response, -100)
     try:
-        found = [model.beam_search(ids, response, width=2, attention_mask=mask),
-                 model.search(ids, response, rollouts=2, attention_mask=mask, response_only=True)]
+        found = [beam_search(model, trunk, labels, width=2), response_search(model, trunk, labels, rollouts=2)]
     except ValueError as error:
         return _own_words(error)
     for result in found:
@@ -200,8 +197,8 @@ def hold_to_restatement(model, of_generation=TOLERANCE):
 
 
 def _own_words(error):
-    """The sentence of a ValueError that dlr.py raised; any other goes on."""
-    if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "dlr.py":
+    """The sentence of a ValueError that dlr.py or search.py raised; any other goes on."""
+    if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name not in ("dlr.py", "search.py"):
         raise error
     return str(error)
 

@@ -97,7 +97,7 @@ def test_nll_is_that_of_each_text_under_the_known_codes(model, tokenizer, known,
     examples, on, rows = known
     total = 0.0
     for (ids, prompt), codes in zip(rows, known_codes(name)):
-        log_p = model(torch.tensor([ids]), codes=torch.tensor([codes + [-1]])).log_softmax(-1)[0]  # (T, V)
+        log_p = model(torch.tensor([ids]), codes=torch.tensor([codes + [-1]])).logits.log_softmax(-1)[0]  # (T, V)
         total -= sum(log_p[t - 1, ids[t]].item() for t in range(prompt, len(ids)))
     found = analyze.interventions(model, tokenizer, examples, on, rows, **SETTINGS)
     assert found[name]["nll"][0] == pytest.approx(total / 24, rel=1e-5)  # 8 responses of 3 tokens
@@ -136,7 +136,7 @@ def test_activity_of_a_known_codebook(model, known):
     codes = analyze.router_codes(model, known[2], batch_size=3)
     assert codes.tolist() == known_codes("on")
     model = copy.deepcopy(model)
-    model.scale, model.unit = 0.5, torch.tensor(2.0)  # of alpha: the same push as without them
+    model.settings.scale, model.unit = 0.5, torch.tensor(2.0)  # of alpha: the same push as without them
     found = analyze.activity(model, codes, known[2], batch_size=3)
     a = analyze.activity(model, codes[:6], known[2][:6], batch_size=3)
     shares = np.array([6, 2, 6, 2]) / 16
@@ -310,12 +310,13 @@ def test_searches_of_growing_size_come_to_the_optimum(model, tokenizer):
     found = analyze.search_gap(model, rows, batch_size=1, most=8)
     best = off = tokens = 0
     for ids, prompt_length in rows:
-        input_ids, mask, response = data.collate([(ids, prompt_length)])
-        chunks = -(-len(ids) // model.chunk_size)
-        every = torch.tensor(list(itertools.product(range(model.num_codes), repeat=chunks)))[None]
-        best -= model.log_likelihood(input_ids, response, every).max().item()
-        off -= model.log_likelihood(input_ids, response, torch.full((1, chunks), -1)).item()
-        tokens += response.sum().item()
+        batch = data.collate([(ids, prompt_length)])
+        trunk, labels = model.trunk(batch["input_ids"]), batch["labels"]
+        chunks = -(-len(ids) // model.settings.chunk_size)
+        every = torch.tensor(list(itertools.product(range(model.settings.num_codes), repeat=chunks)))[None]
+        best -= model.log_likelihood(trunk, labels, every).max().item()
+        off -= model.log_likelihood(trunk, labels, torch.full((1, chunks), -1)).item()
+        tokens += (labels >= 0).sum().item()
     assert found["optimum"] == pytest.approx(best / tokens, abs=1e-5) and found["off"] == pytest.approx(off / tokens)
     for how in ("rollouts", "beam"):
         assert found["n"] == [1, 2, 4, 8] and found[how] == sorted(found[how], reverse=True)

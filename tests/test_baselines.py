@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import baselines
+import compare
 import data
 import eval as evaluation
 import train
-from dlr import DLRModel
 
 REASONS = ["first we add the two and", "then a carry moves on to", "nothing is left over so",
            "ça coûte 3€ 😀 en tout"]
@@ -66,11 +66,10 @@ def test_pause_tokens_are_context_and_never_counted(loaded):
     rows, _, _ = data.encode(baselines.with_pauses(plain, 10), tokenizer)
     for (ids, length), (old, old_length) in zip(rows, data.encode(plain, tokenizer)[0]):
         assert ids == old[:old_length] + [pause] * 10 + old[old_length:] and length == old_length + 10
-    ids, mask, response = data.collate(rows)
-    assert (ids == pause).sum() == 50 and not (response & (ids == pause)).any()
-    labels = ids.masked_fill(~response, -100)
-    expected = lm(input_ids=ids, attention_mask=mask, labels=labels).loss
-    loss = baselines.sft_loss(DLRModel(lm), ids, mask, response)
+    batch = data.collate(rows)
+    assert (batch["input_ids"] == pause).sum() == 50 and not (batch["labels"] == pause).any()
+    expected = lm(**batch).loss
+    loss = baselines.Unsteered(lm).train()(**batch).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()  # though not predicted, they are learned
     assert lm.get_input_embeddings().weight.grad[pause].abs().max() > 0
@@ -187,5 +186,5 @@ def test_every_method_from_command_to_checkpoint_and_back(folder, tmp_path, monk
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
     if method == "pause":  # with other prompts than the base's, it is still the same question
         capsys.readouterr()
-        evaluation.main(["run", "--saved", "--against", "base"])
+        compare.main(["run", "--against", "base"])
         assert "not comparable" not in capsys.readouterr().out

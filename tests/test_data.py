@@ -480,17 +480,18 @@ def test_encode_and_collate_where_pad_is_eos():
         tokens = tokenizer.convert_ids_to_tokens(ids)
         assert tokens[:length] == ["<s>", *example.prompt]  # its BOS, but no eos between prompt and response
         assert tokens[length:] == [*example.response, "</s>"]  # the eos, and no second BOS
-    input_ids, attention_mask, response_mask = collate(rows, pad_id=tokenizer.pad_token_id)
-    assert input_ids.shape == attention_mask.shape == response_mask.shape == (3, max(len(ids) for ids, _ in rows))
-    assert input_ids.dtype == attention_mask.dtype == torch.long and response_mask.dtype == torch.bool
+    batch = collate(rows, pad_id=tokenizer.pad_token_id)
+    input_ids, attention_mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    assert input_ids.shape == attention_mask.shape == labels.shape == (3, max(len(ids) for ids, _ in rows))
+    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
     for row, (ids, length) in enumerate(rows):
         end = len(ids)
         assert input_ids[row].tolist() == ids + [tokenizer.pad_token_id] * (input_ids.shape[1] - end)
         assert attention_mask[row].nonzero().flatten().tolist() == list(range(end))
-        assert response_mask[row].nonzero().flatten().tolist() == list(range(length, end))
-        assert input_ids[row, end - 1] == tokenizer.eos_token_id and response_mask[row, end - 1]
+        assert labels[row].tolist() == [-100] * length + ids[length:] + [-100] * (input_ids.shape[1] - end)
+        assert labels[row, end - 1] == tokenizer.eos_token_id
     other = collate(rows, pad_id=7)
-    assert torch.equal(other[1], attention_mask) and torch.equal(other[2], response_mask)
+    assert torch.equal(other["attention_mask"], attention_mask) and torch.equal(other["labels"], labels)
     assert encode([], tokenizer) == ([], 0, 0)
 
 

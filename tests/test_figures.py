@@ -1,4 +1,4 @@
-"""figures.py and colours.py: no text is lost in colour, and what is drawn is what the run holds."""
+"""figures.py: no text is lost in colour, and what is drawn is what the run holds."""
 import json
 import re
 from html.parser import HTMLParser
@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 import analyze
 import data
 import figures
-from colours import PAGE, ansi, as_html, as_text, bracketed, painted, painter, pieces, span
 from eval import answer, load_run
 from eval import main as evaluate
+from figures import PAGE, ansi, as_html, as_text, bracketed, painted, painter, pieces, span
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_saved_answers_are_those_that_the_model_gives(analysed, tmp_path, capsys
     for example, prediction, row, text in zip(test, predictions, codes.tolist(), shown[1:]):
         assert text == prediction["prompt"] + prediction["text"] and f"\n{text}\n" in plain(printed)
         prompt = tokenizer(example.prompt).input_ids
-        cut = pieces(tokenizer, prompt + prediction["ids"], len(prompt), row, model.chunk_size)
+        cut = pieces(tokenizer, prompt + prediction["ids"], len(prompt), row, model.settings.chunk_size)
         assert f"\n{painted(cut, bracketed)}\n" in printed and painted(cut, span) in page.read_text()
     used = {code for row in codes.tolist() for code in row if code >= 0}
     assert set(map(int, shown[0].removeprefix("codes").split())) == used
