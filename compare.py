@@ -1,8 +1,8 @@
 """Compare finished runs, from the answers that they hold: paired by test example and by seed, with intervals.
 
-    python compare.py --against runs/sft-s0 runs/dlr-s0 runs/sft-s0              # two runs
-    python compare.py --seeds --against runs/sft-s0 runs/*-s?                    # runs that differ in seed only are one row
-    python compare.py --seeds --by nll --against runs/sft-s0 runs/*-s?           # the same in NLL instead of accuracy
+    python compare.py --against runs/sft-s0 runs/dlr-s0 runs/sft-s0       # two runs
+    python compare.py --seeds --against runs/sft-s0 runs/*-s?             # runs that differ in seed only are one row
+    python compare.py --seeds --by nll --against runs/sft-s0 runs/*-s?    # the same in NLL instead of accuracy
 
 A difference, of accuracy or of NLL, is taken example by example, then averaged: a bootstrap over examples gives its
 interval and p value, the spread over seeds its standard error. Runs need not have been asked the same: a difference is
@@ -25,11 +25,10 @@ LOOKS = {"strict": (100, 5, "5.1f"), "nll": (1, 7, "7.4f")}  # in %, in nats: sc
 
 @dataclass
 class Result:
-    """A run that was evaluated: `metrics` and `predictions` by condition."""
+    """A run that was evaluated: `predictions` by condition."""
 
     run: str
     config: dict
-    metrics: dict
     predictions: dict
 
     data = property(lambda self: Path(self.config["data"]).name)
@@ -38,7 +37,7 @@ class Result:
 
 def saved_result(run):
     """The answers that a finished run holds -> Result. Raises FileNotFoundError for a folder that is not one."""
-    return Result(run, read_config(run), *saved(run))
+    return Result(run, read_config(run), saved(run)[1])
 
 
 def difference(a, b, weights=None):
@@ -120,7 +119,7 @@ def paired(row, other, by="strict"):
 
 
 def nll_per_token(answers):
-    """The NLL per token of the reference responses to one run's questions, in nats; NaN where the run does not hold it."""
+    """The NLL of a run's reference responses, in nats per token; NaN where the run does not hold it."""
     nats, tokens = np.sum([row.get("nll", (np.nan, np.nan)) for row in answers], 0)
     return nats / tokens if tokens else np.nan
 

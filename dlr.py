@@ -256,8 +256,9 @@ class DLRModel(nn.Module):
         codes = self.argmax(trunk) if codes is None else codes
         logits, loss = self._above(self.lm, trunk, codes).logits, None  # (B * R, T, V)
         if labels is not None:
-            targets = targets_of(trunk, labels).repeat_interleave(len(logits) // len(labels), 0)
-            tokens = (targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+            repeats = len(logits) // len(labels)
+            targets = targets_of(trunk, labels).repeat_interleave(repeats, 0)
+            tokens = (targets >= 0).sum() if num_items_in_batch is None else repeats * num_items_in_batch
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum") / tokens
         return Output(loss=loss, logits=logits.view(*codes.shape[:-1], *logits.shape[1:]))
 
@@ -595,7 +596,7 @@ class DLRModel(nn.Module):
 
         def before(backbone, args, kwargs):
             cache = _cache(args, kwargs)
-            call.update(start=getattr(cache, "dlr_end", 0), grid=getattr(cache, "dlr_grid", None))
+            call.update(start=getattr(cache, "dlr_end", 0), grid=getattr(cache, "dlr_grid", None), steered=False)
             if cache is not None and _length(cache) != call["start"]:
                 raise ValueError("This cache was filled without steering, or shortened since: generate from the text.")
 
@@ -604,10 +605,12 @@ class DLRModel(nn.Module):
             if start != call["end"] if call["cached"] else end <= call["end"]:
                 raise RuntimeError(f"{named} decodes {hidden.shape[1]} tokens without the cache of those before.")
             token_codes, call["grid"] = self._extend(call["grid"], hidden, start, pads)
-            call["end"] = end
+            call.update(end=end, steered=True)
             return _with(hidden + self.vectors(token_codes, hidden.dtype), output)
 
         def after(backbone, args, output):
+            if not call["steered"]:
+                raise RuntimeError(f"{named} left out block {self.settings.layer}, which is to be steered.")
             cache = _cache(output.values(), {})
             call["cached"] = cache is not None
             if call["cached"]:
@@ -624,7 +627,7 @@ class DLRModel(nn.Module):
             for hook in hooks:
                 hook.remove()
         if not call["end"]:
-            raise RuntimeError(f"{named} generated without a run of the block that is to be steered.")
+            raise RuntimeError(f"{named} generated without its backbone, {type(self.backbone).__name__}.")
 
     def _extend(self, grid, hidden, start, pads):
         """Route the chunks that begin among q new tokens -> their codes (B', q), and the grid of codes (B', M) so far.

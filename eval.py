@@ -106,9 +106,14 @@ def table_intervention(table):
     def intervention(codes):
         given = torch.full_like(codes, KEEP)
         width = min(codes.shape[1], table.shape[1])
-        given[:, :width] = table[:, :width]
+        given[:, :width] = table[:, :width].to(codes.device)
         return torch.where(given == KEEP, codes, given.clamp(min=-1))
     return intervention
+
+
+def for_batch(intervention, batch):
+    """What `answer` takes as an intervention, for some of its examples: of a table of codes, their rows."""
+    return table_intervention(intervention[batch]) if torch.is_tensor(intervention) else intervention
 
 
 def batches(lengths, batch_size):
@@ -154,8 +159,7 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
     for batch in tqdm(batches(list(map(len, prompts)), batch_size), f"answering {label}", leave=False,
                       disable=True if processes()[0] else None):  # None: off where there is no terminal
         input_ids, mask = data.collate_prompts([prompts[i] for i in batch], device=device)
-        use = table_intervention(intervention[batch].to(device)) if torch.is_tensor(intervention) else intervention
-        with model.intervene(use):
+        with model.intervene(for_batch(intervention, batch)):
             # the settings that some models bring along are switched off: every model answers alike
             output = model.generate(input_ids, mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                                     temperature=None, top_p=None, top_k=None, repetition_penalty=None,
@@ -202,8 +206,7 @@ def response_nll(model, rows, intervention=None, batch_size=16):
     found = {}
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
         texts = data.collate([rows[i] for i in batch], device=model.device)
-        use = table_intervention(intervention[batch].to(model.device)) if torch.is_tensor(intervention) else intervention
-        with model.intervene(use):
+        with model.intervene(for_batch(intervention, batch)):
             nll = -model.log_likelihood(model.trunk(texts["input_ids"], texts["attention_mask"]), texts["labels"])
         found.update(zip(batch, zip(nll.tolist(), (texts["labels"][:, 1:] >= 0).sum(1).tolist())))
     return np.array(gathered(found), dtype=float).reshape(-1, 2).T
@@ -293,7 +296,7 @@ def load_run(run, device="cpu"):
 
 
 def saved(run):
-    """What a finished run holds -> (metrics, predictions), dicts by condition. Raises FileNotFoundError if it is none."""
+    """What a finished run holds -> (metrics, predictions), by condition. Raises FileNotFoundError if it is none."""
     read_config(run)
     predictions = {}
     for line in Path(run, "predictions.jsonl").read_text().splitlines():
@@ -312,7 +315,8 @@ def load_data(config):
     names = ("n", "val", "test", "seed", "data_dir", "digits", "ops", "nines")
     splits = data.load(config["data"], **{name: config[name] for name in names if name in config})
     if config["method"] == "pause":
-        splits = {split: baselines.with_pauses(examples, config.get("pauses", 10)) for split, examples in splits.items()}
+        count = config.get("pauses", 10)
+        splits = {split: baselines.with_pauses(examples, count) for split, examples in splits.items()}
     return splits
 
 

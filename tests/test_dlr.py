@@ -566,6 +566,8 @@ def test_the_loss_of_a_forward_is_the_cross_entropy_of_its_own_logits(side):
             torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(out.logits, model(ids, mask, codes=codes).logits)
             assert out.found is None and out.policy is None
+            part = model(ids, mask, labels=labels, codes=codes, num_items_in_batch=4 * (labels >= 0).sum())
+            torch.testing.assert_close(part.loss, out.loss / 4)  # of four parts, equally large
     position = (mask.cumsum(1) - 1).clamp(min=0)
     expected = model.lm(ids, attention_mask=mask, position_ids=position, labels=labels).loss
     torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-5)

@@ -241,7 +241,8 @@ def test_what_is_evaluated_can_be_chosen(folder, tmp_path, capsys):
     nats = {(line["condition"], line["prompt"]): line["nll"] for line in lines}
     both = [(*nats[name, prompt], nats["base", prompt][0]) for name, prompt in nats if name == "steered"]
     nats, tokens, before = np.sum(both, 0)
-    assert len(both) == 5 and numbers(row.partition("  asked")[0])[4] == pytest.approx((nats - before) / tokens, abs=6e-5)
+    found = numbers(row.partition("  asked")[0])[4]
+    assert len(both) == 5 and found == pytest.approx((nats - before) / tokens, abs=6e-5)
 
     frozen = train_run(folder, tmp_path / "frozen", "--max-new-tokens", "0", "--freeze", "--conditions", "base")
     assert list(scores(frozen)) == ["base", "steered"] and scores(frozen)["base"]["nll"] == whole["base"]["nll"]
