@@ -657,7 +657,7 @@ def test_a_training_forward_is_the_equation_and_its_gradient(family, checkpointi
     torch.testing.assert_close(average, moved)
     assert_gradients(grads, gradients(model, expected["loss"]))
     assert grads.keys() == {name for name, _ in model.named_parameters()}
-    model(ids, mask, labels=labels)
+    model.loss(out.trunk, labels, found)
     assert torch.equal(model.bigram, average)  # it moves in training only
 
 
