@@ -257,7 +257,7 @@ def add_lora(lm, rank, layers=None):
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[name for name, _ in linear],
                         fan_in_fan_out=any(isinstance(part, Conv1D) for _, part in linear))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers about an attribute's old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # peft asks transformers by the old name
         get_peft_model(lm, config)
 
 

@@ -436,18 +436,19 @@ class DLRModel(nn.Module):
 
     def _restated(self, ids, mask, codes):
         """What `verify` compares -> [(its name, what this file computes, what a plain hook says)]."""
-        def alone(row, codes):  # (T,), (M,) -> logits (T, V), router's logits in each chunk (M, C)
-            vectors, states = self.unit * self.codebook[codes] * (codes >= 0)[:, None], []
+        def alone(row, codes):  # (T,), (R, M) -> logits (R, T, V), router's logits in each chunk (M, C)
+            vectors, states = self.unit * self.codebook[codes] * (codes >= 0)[..., None], []
 
             def hook(block, args, output):
                 h = output[0] if isinstance(output, (tuple, list)) else output
                 states.append(h[0])
-                h = h + vectors.repeat_interleave(2, 0)[: len(row)].to(h)
+                h = h + vectors.repeat_interleave(2, 1)[:, : len(row)].to(h)
                 return (h, *output[1:]) if isinstance(output, (tuple, list)) else h
 
             handle = self.blocks[self.settings.layer].register_forward_hook(hook)
             try:
-                return self.lm(input_ids=row[None], use_cache=False).logits[0].float(), self._logits(states[0][::2])
+                rows = row.expand(len(codes), -1)
+                return self.lm(input_ids=rows, use_cache=False).logits.float(), self._logits(states[0][::2])
             finally:
                 handle.remove()
 
@@ -457,11 +458,11 @@ class DLRModel(nn.Module):
                                   output_logits=True, return_dict_in_generate=True)
         said, checks = self.generate(ids, mask, generation_config=greedy), []
         for b, start in enumerate((0, 2)):
-            row = ids[b, start:]
-            expected = torch.stack([alone(row, own)[0] for own in codes[b]])  # (3, T, V)
+            row, used = ids[b, start:], self.last_codes[b]
+            expected, _ = alone(row, codes[b])  # (3, T, V)
             log_p = expected[:, :-1].log_softmax(-1).gather(2, row[1:].expand(3, -1)[..., None])
-            generated, routed = alone(said.sequences[b, start:-1], self.last_codes[b])
-            chosen = routed.gather(1, self.last_codes[b, : len(routed), None])[:, 0]  # ties do not matter
+            (generated,), routed = alone(said.sequences[b, start:-1], used[None])
+            chosen = routed.gather(1, used[: len(routed), None])[:, 0]  # ties do not matter
             checks += [("logits without codes", logits[b, 0, start:].float(), expected[0]),
                        ("logits under codes", logits[b, 1:, start:].float(), expected[1:]),
                        ("scores of rollouts", scores[b], log_p.sum((1, 2))),
