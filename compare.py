@@ -4,7 +4,10 @@
     python compare.py --seeds --against runs/sft-s0 runs/*-s?             # runs that differ in seed only are one row
     python compare.py --seeds --by nll --against runs/sft-s0 runs/*-s?    # the same in NLL instead of accuracy
 
-A difference, of accuracy or of NLL, is taken example by example, then averaged: a bootstrap over examples gives its
+    python compare.py --best-of lr code_lr --seeds --against runs/sft-a-s0 runs/*    # rates chosen on validation
+
+--best-of keeps, of the runs that differ in the named settings only, the one whose validation NLL is best, for each seed:
+the test set has no say in it. A difference, of accuracy or of NLL, is taken example by example, then averaged: a bootstrap over examples gives its
 interval and p value, the spread over seeds its standard error. Runs need not have been asked the same: a difference is
 over the questions that both were, and a row that lacks some of its data set's, or is not compared on all, says so.
 """
@@ -30,6 +33,7 @@ class Result:
     run: str
     config: dict
     predictions: dict
+    validation: float | None = None  # NLL
 
     data = property(lambda self: Path(self.config["data"]).name)
     main = property(lambda self: conditions_of(self.config["method"])[0])
@@ -37,7 +41,9 @@ class Result:
 
 def saved_result(run):
     """The answers that a finished run holds -> Result. Raises FileNotFoundError for a folder that is not one."""
-    return Result(run, read_config(run), saved(run)[1])
+    config, (_, predictions) = read_config(run), saved(run)
+    metrics = json.loads(Path(run, "metrics.json").read_text())
+    return Result(run, config, predictions, metrics.get("validation", {}).get("nll"))
 
 
 def difference(a, b, weights=None):
@@ -49,12 +55,44 @@ def difference(a, b, weights=None):
     return ratio, low, high, float(min(1.0, 2 * (tail + 1) / (len(ratios) + 1)))
 
 
-def grouped(results, join_seeds):
+def settings_but(result, *others):
+    """What a run was trained with, as text; without what does not matter, and `others`."""
+    apart = {"out", "commit", "device", "save_every", "resume", "overwrite", "conditions", "python", "torch",
+             "transformers", *others}
+    return json.dumps([value for key, value in sorted(result.config.items()) if key not in apart])
+
+
+def best_of(results, names):
+    """Of the runs that differ in the settings `names` only, the one with the best validation NLL.
+
+    -> {run: Result that stands for it}, and lines on what was chosen of what; they warn where the best lies at the edge
+    of the numbers tried, beyond which a better one may lie. Raises ValueError for a setting that no run varies, and for
+    a run without validation NLL."""
+    for name in names:
+        if len({json.dumps(result.config.get(name)) for result in results}) < 2:
+            raise ValueError(f"--best-of {name}: no two of the runs differ in it.")
+    for result in results:
+        if result.validation is None:
+            raise ValueError(f"--best-of: {result.run} has no validation NLL to be chosen by.")
+    groups, stands, lines = {}, {}, []
+    for result in results:
+        groups.setdefault((result.data, settings_but(result, *names)), []).append(result)
+    for group in groups.values():
+        best, chosen = min(group, key=lambda result: result.validation), []
+        for name in names:
+            tried, own = sorted({result.config[name] for result in group}), best.config[name]
+            edge = len(tried) > 1 and own in (tried[0], tried[-1]) and not isinstance(own, str)
+            chosen.append(f"{name} {own} of {' '.join(map(str, tried))}" + " (AT THE EDGE: try beyond)" * edge)
+        lines.append(f"{best.run}: {', '.join(chosen)}; validation NLL {best.validation:.4f}")
+        stands.update({result.run: best for result in group})
+    return stands, lines
+
+
+def grouped(results, join_seeds, chosen=()):
     """Rows of the comparison -> {(data, name): [(Result, condition)]}; with `join_seeds` one Result a seed.
 
-    A row is a run, or all that differ in their seed alone; `base` is what the runs on that data started from."""
-    apart = {"seed", "out", "commit", "device", "save_every", "resume", "overwrite", "conditions",
-             "python", "torch", "transformers"}
+    A row is a run, or all that differ in their seed alone (and in what was `chosen` for each); `base` is what the runs
+    on that data started from."""
     rows, names = {}, {}
     for result in results:
         seed = result.config["seed"]
@@ -63,7 +101,7 @@ def grouped(results, join_seeds):
             base.append((result, "base"))
         settings, name = str(Path(result.run)), Path(result.run).name
         if join_seeds:
-            settings = json.dumps([value for key, value in sorted(result.config.items()) if key not in apart])
+            settings = settings_but(result, "seed", *chosen)
             name = name.removesuffix(f"-s{seed}")
         if name in names.values() and names.get(settings) != name:
             name = str(Path(result.run))  # the name of other runs already
@@ -189,6 +227,8 @@ def parse_args(argv=None):
     parser.add_argument("--against", metavar="RUN", help="one of the runs, or base: what the others are compared with")
     parser.add_argument("--by", choices=["strict", "nll"],
                         help="what to compare: strict accuracy, or NLL (lower is better; default where answers lack)")
+    parser.add_argument("--best-of", nargs="+", metavar="SETTING", default=[],
+                        help="keep the run with the best validation NLL of those that differ only in these, as lr")
     args = parser.parse_args(argv)
     if args.against not in (None, "base") and Path(args.against) not in map(Path, args.runs):
         parser.error(f"--against is {args.against}, but it should be one of the runs given, or base")
@@ -210,8 +250,16 @@ def main(argv=None):
             del result.predictions[name]
     left_out += [f"compare.py: {r.run} is left out: {LACKING[by]}" for r in results if r.main not in r.predictions]
     results = [result for result in results if result.main in result.predictions]
+    if args.best_of:
+        try:
+            stands, lines = best_of(results, args.best_of)
+        except ValueError as error:
+            sys.exit(f"compare.py: {error}")
+        results = [result for result in results if stands[result.run] is result]
+        args.against = getattr(stands.get(args.against), "run", args.against)
+        print("\n".join(lines), end="\n\n")
     if results:
-        print(comparison(grouped(results, args.seeds), args.against, by))
+        print(comparison(grouped(results, args.seeds, args.best_of), args.against, by))
     if left_out:
         sys.exit("\n".join(left_out))
 

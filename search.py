@@ -11,9 +11,9 @@ sequences have in common has to be computed once. All three *resume* a text from
 injection run over new tokens only, on a cache that holds what came before. That needs blocks that look back through
 attention; an LM with others, recurrent ones, is refused.
 
-Source: "Dynamic Latent Routing", arXiv 2605.14323 (2026), draws from the router; these are this project's own. The exact
-search is General Dijkstra Search (gds.py) on a tree: rewards are log-probabilities, never positive, so the likeliest
-prefix, once complete, is the optimum.
+Source: "Dynamic Latent Routing", arXiv 2605.14323 (2026), draws from the router; these are this project's own. The
+exact search is General Dijkstra Search (gds.py) on a tree: rewards are log-probabilities, never positive, so the
+likeliest prefix, once complete, is the optimum.
 """
 import copy
 import inspect

@@ -200,3 +200,40 @@ def test_seeds_are_joined_on_the_questions_that_all_were_asked(tmp_path, capsys)
     compare.main([*runs, "--seeds", "--against", runs[0]])
     (line,) = capsys.readouterr().out.splitlines()[1:]
     assert line.endswith("not comparable: its seeds share no question")
+
+
+def with_validation(run, nll):
+    path = Path(run, "metrics.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "validation": {"nll": nll}}))
+    return run
+
+
+def test_the_best_of_is_chosen_by_validation_alone(tmp_path, capsys):
+    """Against a naive choice over label and seed; the test answers are the opposite of the validation NLL."""
+    rng, runs, table = np.random.default_rng(0), [], {}
+    for method in ("sft", "lora"):
+        for seed in range(2):
+            for lr in (1e-4, 1e-3, 1e-2):
+                nll = float(rng.random())
+                answers = [int(i / 20 < nll) for i in range(20)]  # the worse in validation, the more are right
+                run = write_run(tmp_path / f"{method}-{lr}-s{seed}", seed, answers, method=method, lr=lr)
+                runs.append(with_validation(run, nll))
+                table[method, seed, lr] = nll
+    compare.main(["--best-of", "lr", "--seeds", "--against", runs[1], *runs])
+    lines, rows = capsys.readouterr().out.split("\n\n")
+    for (method, seed), line in zip([(m, s) for m in ("sft", "lora") for s in range(2)], lines.splitlines()):
+        lr = min((1e-4, 1e-3, 1e-2), key=lambda lr: table[method, seed, lr])
+        assert line.startswith(f"{tmp_path}/{method}-{lr}-s{seed}: lr {lr} of 0.0001 0.001 0.01")
+        assert ("AT THE EDGE" in line) == (lr != 1e-3)
+    rows = rows_of(rows)
+    assert len(rows) == 2 and all(row[2] == "2" for row in rows.values())  # a row a label, of two seeds each
+    strict = [np.mean([int(i / 20 < min(table["sft", seed, lr] for lr in (1e-4, 1e-3, 1e-2))) for i in range(20)])
+              for seed in range(2)]
+    assert float(list(rows.values())[0][3]) == pytest.approx(100 * np.mean(strict), abs=0.06)
+    assert "+0.0" in list(rows.values())[0]  # the run that was named in --against is not kept, but its label is
+    for flags, said in ((["--best-of", "dropout"], "no two of the runs differ"), (["--best-of", "lr", "x"], "x: no two")):
+        with pytest.raises(SystemExit, match=said):
+            compare.main([*runs, *flags])
+    bare = write_run(tmp_path / "bare-s0", 0, [1], lr=5)
+    with pytest.raises(SystemExit, match="has no validation NLL"):
+        compare.main([*runs, bare, "--best-of", "lr"])

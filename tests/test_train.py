@@ -263,6 +263,14 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--model", "tiny", "--data", "mine.jsonl"], "--model tiny only reads arithmetic"),
     (["--model", "tiny", "--data", "arithmetic", "--layer", "2", "--n", "9"], "blocks 0 to 1"),
     (["--resume"], "holds no run to resume"),
+    (["--patience", "3"], "belong together"),
+    (["--evaluate-every", "3"], "belong together"),
+    (["--evaluate-every", "0", "--patience", "3"], "--evaluate-every is 0"),
+    (["--evaluate-every", "3", "--patience", "-1"], "--patience is -1"),
+    (["--evaluate-every", "3", "--patience", "2", "--val", "0"], "--val is 0"),
+    (["--evaluate-every", "3", "--patience", "2", "--n", "27"], "--n 27 leaves none"),
+    (["--max-steps", "0"], "--max-steps is 0"),
+    (["--method", "sft", "--lora-rank", "2"], "--lora-rank is for"),
     (["--shard"], "start it with torchrun"),
 ])
 def test_bad_input_is_answered_in_one_sentence(folder, tmp_path, monkeypatch, flags, said):
@@ -301,6 +309,92 @@ def test_a_run_that_selects_by_rounding_warns(folder, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.count("winners are drawn by rounding") == 1
     train.main(settings)
     assert "by rounding" not in capsys.readouterr().out
+
+
+PATIENT = ["--evaluate-every", "2", "--patience", "3", "--max-steps", "40", "--max-new-tokens", "0", "--test", "4"]
+
+
+def test_patience_stops_on_a_made_up_curve_and_keeps_the_best(folder, tmp_path, monkeypatch):
+    """Looks after steps 2, 4, ..; the best is the third, and three looks later training ends."""
+    monkeypatch.chdir(tmp_path)
+    curve, states = iter([3.0, 2.0, 1.0, 1.5, 1.0, 2.0, 0.1]), []
+
+    def look(args, model, rows):
+        states.append(model.codebook.detach().clone())
+        return next(curve)
+
+    finish, kept = train.finish, {}
+    monkeypatch.setattr(train, "validation_nll", look)
+    monkeypatch.setattr(train, "finish", lambda args, model, *rest: kept.update(model=model, kept=rest[4]))
+    train.main(["--model", str(folder), *SUMS, *PATIENT, "--out", "run"])
+    lines = log_of("run")
+    assert len(lines) == 12 and [line.get("validation_nll") for line in lines[1::2]] == [3.0, 2.0, 1.0, 1.5, 1.0, 2.0]
+    assert not any("validation_nll" in line for line in lines[::2])
+    assert kept["kept"] == {"step": 6, "nll": 1.0}
+    assert torch.equal(kept["model"].codebook, states[2]) and not torch.equal(states[2], states[-1])
+    assert [line["code_lr"] for line in lines] == pytest.approx([1e-2 * min((i + 1) / 10, 1) for i in range(12)])
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "soft", "--lora-rank", "2", "--freeze"]])
+def test_a_patient_run_saves_its_best_state_and_resumes_to_the_bit(folder, tmp_path, monkeypatch, capsys, flags):
+    settings = ["--model", str(folder), *SUMS, "--save-every", "3", *PATIENT, *flags]
+    monkeypatch.chdir(tmp_path)
+    train.main([*settings, "--out", "whole"])
+    metrics = json.loads(Path("whole", "metrics.json").read_text())
+    assert f"after step {metrics['kept']['step']}, the best of those looked at" in capsys.readouterr().out
+    looks = {line["step"] + 1: line["validation_nll"] for line in log_of("whole") if "validation_nll" in line}
+    assert looks[metrics["kept"]["step"]] == metrics["kept"]["nll"] == min(looks.values())
+    assert metrics["validation"]["nll"] == pytest.approx(metrics["kept"]["nll"], rel=1e-5)  # what is saved is the best
+    assert not Path("whole", "best.pt").exists()
+    step, stopped = train.train_step, []
+
+    def killed(*args):
+        if args[6] == 7 and not stopped:  # past a look and a save
+            stopped.append(1)
+            raise RuntimeError("killed")
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train.main([*settings, "--out", "cut"])
+    train.main([*settings, "--out", "cut", "--resume"])
+    assert log_of("cut") == log_of("whole")
+    assert Path("cut", "metrics.json").read_text() == Path("whole", "metrics.json").read_text()
+    states = [DLRModel.from_pretrained(Path(name, "model")).state_dict() for name in ("cut", "whole")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_codes_with_an_adapter(folder, tmp_path, monkeypatch):
+    """The LM learns through the adapter alone; merged, it is an ordinary LM that answers as the unmerged one did."""
+    monkeypatch.chdir(tmp_path)
+    settings = [*SUMS, "--lora-rank", "2", "--lora-layers", "1", "2", "--max-new-tokens", "6"]
+    args = train.parse_args(["--model", str(folder), *settings, "--out", "run"])
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: weight.clone() for name, weight in lm.state_dict().items()}
+    train.dress(args, lm, None, {})
+    model = train.build(args, lm, None, torch.device("cpu"))
+    batch = data.collate(data.encode(data.arithmetic(6), data.arithmetic_tokenizer())[0])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+    for _ in range(3):
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {"codebook", "router.weight"} < moved and all("lora_" in name for name in moved - {"codebook", "router.weight"})
+    ids, mask = data.collate_prompts([[5, 6, 14], [7]])
+    new = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.eval()
+    logits, said = model(**batch).logits, model.generate(ids, mask, **new)
+    baselines.merge_lora(model.lm)
+    torch.testing.assert_close(model(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.generate(ids, mask, **new), said)
+    assert lm.state_dict().keys() == before.keys()
+    changed = {name for name, weight in lm.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed and all(name.startswith(("transformer.h.1.", "transformer.h.2.")) for name in changed)
+    train.main(["--model", str(folder), *settings, "--freeze", "--out", "run"])
+    test = json.loads(Path("run", "metrics.json").read_text())["test"]
+    assert test["base"]["nll"] != test["off"]["nll"]  # the LM moved: the base is another one
+    evaluation.main(["run", "--device", "cpu"])
+    assert json.loads(Path("run", "metrics.json").read_text())["test"] == test
 
 
 def test_a_search_that_is_too_large_says_so(folder, tmp_path, monkeypatch):
@@ -410,7 +504,7 @@ def test_accumulated_batches_step_like_one(steady_folder, tmp_path, method):
         lm, tokenizer = train.load_model(args, dict(pretrained_model_name_or_path=steady_folder), "cpu")
         model = train.build(args, lm, None, torch.device("cpu"))
         torch.nn.init.normal_(model.codebook)
-        assert train.train(args, model, data.encode(examples, tokenizer)[0], None, torch.device("cpu"))
+        assert train.train(args, model, data.encode(examples, tokenizer)[0], [], None, torch.device("cpu"))
         weights.append(model.lm.transformer.h[0].mlp.c_fc.weight)
         lines.append(log_of(out)[0])
     before = AutoModelForCausalLM.from_pretrained(steady_folder).transformer.h[0].mlp.c_fc.weight
