@@ -398,7 +398,7 @@ def measure(args, model, rows, losses):
     tasks["plain"] = lambda: model.lm.generate(prompts[0], attention_mask=prompts[1], **new)
     tasks["steered"] = lambda: model.generate(*prompts, **new)
     meter, measured = Meter(device), {name: [] for name in tasks}
-    for _ in tqdm(range(1 + args.rounds), "timing (the first round warms up)"):
+    for _ in tqdm(range(1 + args.rounds), "timing (the first round warms up)", disable=None):
         for name, task in tasks.items():
             model.train(name in losses)
             measured[name].append(meter(task))
