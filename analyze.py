@@ -77,10 +77,11 @@ def interventions(model, tokenizer, examples, on, rows, seed=0, **settings):
     on: (predictions, codes) of `answer` without intervention; rows: the reference texts; `settings` go to `answer`.
     Intervals are (mean, low, high); changes are differences to "on", paired by example."""
     prompts, room = encode_to_answer(model, tokenizer, examples, settings["max_new_tokens"])
-    width = -(-(max(map(len, prompts)) + room) // model.settings.chunk_size)  # an answer may get longer than it is with "on"
+    size = model.settings.chunk_size
+    width = -(-(max(map(len, prompts)) + room) // size)  # an answer may get longer than it is with "on"
     codes = F.pad(on[1], (0, max(0, width - on[1].shape[1])), value=KEEP)
-    answered = conditions(codes, list(map(len, prompts)), model.settings.chunk_size)
-    scored = conditions(router_codes(model, rows, settings["batch_size"]), [n for _, n in rows], model.settings.chunk_size)
+    answered = conditions(codes, list(map(len, prompts)), size)
+    scored = conditions(router_codes(model, rows, settings["batch_size"]), [n for _, n in rows], size)
     topics, result, before = [example.topic for example in examples], {}, None
     for name, use in answered.items():
         torch.manual_seed(seed)
@@ -103,10 +104,10 @@ def swap(model, tokenizer, examples, on, seed=0, **settings):
 
     share: of all steered chunks, prompt and answer; changes in strict accuracy are paired (mean, low, high)."""
     before = np.array([prediction["strict"] for prediction in on[0]], dtype=float)
-    codes, topics, result = on[1], [example.topic for example in examples], {}
+    codes, topics, result, every = on[1], [example.topic for example in examples], {}, model.settings.num_codes
     for k in codes[codes >= 0].unique().tolist():
         touched = (codes == k).any(1).nonzero()[:, 0].tolist()  # where k never steers, the answer stays
-        other = lambda codes: (codes + torch.randint_like(codes, 1, model.settings.num_codes)) % model.settings.num_codes
+        other = lambda codes: (codes + torch.randint_like(codes, 1, every)) % every
         torch.manual_seed(seed)
         predictions, _ = answer(model, tokenizer, [examples[i] for i in touched], label=f"without code {k}", **settings,
                                 intervention=lambda codes, k=k: torch.where(codes == k, other(codes), codes))

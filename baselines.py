@@ -1,10 +1,10 @@
-"""What Dynamic Latent Routing is compared with, the tiny LM that it is compared on, and what speed is measured against.
+"""What Dynamic Latent Routing is compared with, and the tiny LM that it is compared on.
 
     sft             supervised fine-tuning: the loss of the unsteered LM, no codes (`Unsteered`). The other methods
                     change the model or the texts, and then they are SFT as well:
-    pause           ten learned <pause> tokens follow every prompt, in training as at inference. They give the model more
-                    positions to compute in before it answers; nothing is predicted at them, so no loss counts them.
-                    S. Goyal et al., "Think before you speak: Training Language Models With Pause Tokens", ICLR 2024.
+    pause           ten learned <pause> tokens follow every prompt, in training as at inference. They give the model
+                    more positions to compute in before it answers; nothing is predicted at them, and no loss counts
+                    them. S. Goyal et al., "Think before you speak: Training Language Models With Pause Tokens", ICLR 2024.
     tokenassorted   A VQ-VAE learns to say a chunk of K tokens in one of C codes. In the training texts a prefix of the
                     reasoning, of random length, is replaced by its codes:
                         <codes> c_1 .. c_m </codes> rest of the reasoning #### answer,    m ~ uniform on 0 .. M
@@ -18,18 +18,14 @@
 All changes of text are made in text, with special tokens of the tokenizer: whoever encodes or decodes it needs to know
 nothing of them (`skip_special_tokens=True` drops them). Needs peft for lora, vector-quantize-pytorch for tokenassorted.
 """
-import ctypes
 import importlib.util
-import math
 import random
 import tempfile
-import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -104,7 +100,7 @@ def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
 
 
 class Unsteered(DLRModel):
-    """An LM without codes, in the place of a `DLRModel`: the loss is the NLL per response token that it has by itself."""
+    """An LM without codes, in the place of a `DLRModel`: the loss is the NLL that it has by itself."""
 
     def forward(self, input_ids, attention_mask=None, labels=None, codes=None, num_items_in_batch=None, **kwargs):
         unsteered = torch.full_like(input_ids, -1)  # as many codes as there can be chunks
@@ -113,124 +109,6 @@ class Unsteered(DLRModel):
         trunk = self.trunk(input_ids, attention_mask)
         tokens = (targets_of(trunk, labels) >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         return Output(loss=-self.log_likelihood(trunk, labels, unsteered).sum() / tokens)
-
-
-def naive_dlr_loss(model, input_ids, mask, response, rollouts):
-    """The DLR loss as one would first write it: every rollout and both paths through the whole model, all logits built.
-
-    The search is in float32 whatever surrounds it, as in dlr.py. -> scalar"""
-    counted = (response & mask.bool())[:, 1:]
-
-    def nll(logits):  # (B, T, V) -> (B,)
-        per_token = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none")
-        return (per_token.view(counted.shape) * counted).sum(1)
-
-    logits = model.route(input_ids, mask)  # (B, M, C)
-    with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
-        drawn = torch.distributions.Categorical(logits=logits).sample((rollouts,))  # (N, B, M)
-        scores = torch.stack([nll(model(input_ids, mask, codes)) for codes in drawn])  # (N, B)
-    best = drawn[scores.argmin(0), range(len(input_ids))]  # (B, M)
-    both = nll(model(input_ids, mask, best)) + nll(model.lm(input_ids=input_ids, attention_mask=mask).logits)
-    return both.sum() / counted.sum() + F.cross_entropy(logits.flatten(0, 1), best.flatten())
-
-
-def flops_per_token(model):
-    """Forward operations a token, two a weight -> (of all blocks, of the head, share of blocks above the injection)."""
-    config, blocks = model.lm.config.get_text_config(), model.lm.get_submodule(find_blocks(model.lm))
-    return (2 * sum(p.numel() for p in blocks.parameters()), 2 * config.vocab_size * config.hidden_size,
-            1 - (model.layer + 1) / len(blocks))
-
-
-def floor(model, share, rollouts=None):
-    """Operations a token that a training step cannot do without, where a `share` of the tokens are of responses.
-
-    A backward pass counts as two forward ones. SFT (None): 3 b + 3 f v. DLR: the blocks up to the injection once; those
-    above and the head once for each rollout, and forward and backward for both paths: b (3 (1 - rho) + rho (N + 6))
-    + f v (N + 6)."""
-    body, head, above = flops_per_token(model)
-    if rollouts is None:
-        return 3 * body + 3 * share * head
-    return body * (3 * (1 - above) + above * (rollouts + 6)) + share * head * (rollouts + 6)
-
-
-class Meter:
-    """Seconds and peak memory of what is called. On CUDA the peak is the allocator's, on Linux the process's."""
-
-    def __init__(self, device):
-        self.gpu = torch.get_device_module(device) if device.type != "cpu" else None
-        self.counts = (hasattr(self.gpu, "max_memory_allocated") if self.gpu else
-                       Path("/proc/self/clear_refs").exists())
-
-    def memory(self, peak=False):
-        if self.gpu is not None:
-            return self.gpu.max_memory_allocated() if peak else self.gpu.memory_allocated()
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return 1024 * int(lines["VmHWM" if peak else "VmRSS"].split()[0])
-
-    def __call__(self, function):
-        """-> (seconds, bytes more than before, at the peak; NaN where the device does not tell)."""
-        if self.counts:
-            if self.gpu is None and hasattr(ctypes.CDLL(None), "malloc_trim"):
-                ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to hide what is taken now
-            before = self.memory()
-            self.gpu.reset_peak_memory_stats() if self.gpu else Path("/proc/self/clear_refs").write_text("5")
-        began = time.perf_counter()
-        function()
-        if self.gpu is not None:
-            self.gpu.synchronize()
-        return time.perf_counter() - began, self.memory(peak=True) - before if self.counts else math.nan
-
-
-def benchmark(model, kinds, rows, rounds, new_tokens, autocast):
-    """Time training steps (of the whole LM, optimiser included) and generation on one batch -> a table, as text.
-
-    `kinds`: {"DLR, N = 8": function of (batch, response tokens) to the loss}, beside SFT and the naive DLR step. All
-    take turns: one round to warm up, then `rounds`, of which the medians are shown."""
-    device = model.codebook.device
-    batch = input_ids, mask, response = data.collate(rows, device=device)
-    count, tokens = int(mask.sum()), response[:, 1:].sum()
-    labels = input_ids.masked_fill(~response, -100)
-    losses = {"SFT, as the LM does it": lambda: model.lm(input_ids=input_ids, attention_mask=mask, labels=labels).loss,
-              "SFT, logits of responses only": lambda: sft_loss(model, *batch),
-              "naive DLR, N = 8": lambda: naive_dlr_loss(model, *batch, 8),
-              **{name: lambda kind=kind: kind(batch, tokens) for name, kind in kinds.items()}}
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-
-    def step(loss):
-        with autocast:
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    length = max(1, min(64, new_tokens))
-    new = dict(max_new_tokens=length, min_new_tokens=length, do_sample=False)
-    prompts = data.collate_prompts([ids[:start] for ids, start in rows], device=device)
-    tasks = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
-    tasks["plain"] = lambda: model.lm.generate(prompts[0], attention_mask=prompts[1], **new)
-    tasks["steered"] = lambda: model.generate(*prompts, **new)
-    meter, measured = Meter(device), {name: [] for name in tasks}
-    for _ in tqdm(range(1 + rounds), "timing (the first round warms up)"):
-        for name, task in tasks.items():
-            model.train(name in losses)
-            measured[name].append(meter(task))
-    seconds, memory = ({name: float(np.median([one[i] for one in both[1:]])) for name, both in measured.items()}
-                       for i in (0, 1))
-    share, least = float(tokens) / count, seconds["SFT, logits of responses only"]
-    lines = [f"{len(rows)} texts, {count} tokens, {int(tokens)} of them of responses; medians of {rounds}",
-             f"{'':<30} {'seconds':>8} {'x SFT':>6} {'tokens/s':>9} {'extra GB':>9} {'floor':>6} {'x floor':>8}"]
-    for name in losses:
-        above = ""
-        if name.startswith("DLR, N = ") and name[9:].isdigit():  # the other kinds have no such formula
-            most = floor(model, share, int(name[9:])) / floor(model, share)
-            above = f" {most:6.2f} {seconds[name] / least / most:8.2f}"
-        lines.append(f"{name:<30} {seconds[name]:8.3f} {seconds[name] / seconds['SFT, as the LM does it']:6.2f} "
-                     f"{count / seconds[name]:9.0f} {memory[name] / 1e9:9.2f}{above}")
-    lines.append(f"floor: operations, in those of SFT with the logits of responses only. Steered generation takes "
-                 f"{100 * (seconds['steered'] / seconds['plain'] - 1):+.1f}% more time than plain ({length} tokens).")
-    return "\n".join(lines)
 
 
 def add_tokens(lm, tokenizer, tokens):
@@ -257,7 +135,7 @@ def add_lora(lm, rank, layers=None):
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[name for name, _ in linear],
                         fan_in_fan_out=any(isinstance(part, Conv1D) for _, part in linear))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers about an attribute's old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # peft asks transformers by the old name
         get_peft_model(lm, config)
 
 

@@ -4,9 +4,14 @@
     python compare.py --seeds --against runs/sft-s0 runs/{dlr,sft}-s{0..4}            # seeds joined: one row a method
     python compare.py --seeds --by nll --against runs/sft-s0 runs/{dlr,sft}-s{0..4}   # in NLL instead of accuracy
 
-A difference, of accuracy or of NLL, is taken example by example, then averaged: a bootstrap over examples gives its
-interval and p value (eval.py), the spread over seeds its standard error. Rows are compared on the questions that both
-were asked; where those are not all that a row was asked, the row says so, and where there are none, nothing is printed.
+    # learning rates chosen on validation
+    python compare.py --best-of lr code_lr --seeds --against runs/sft-1e-4-s0 runs/{dlr,sft}-{1e-5,1e-4}-s{0..4}
+
+--best-of keeps, of the runs that differ in the named settings only, the one whose validation NLL is best, for each
+seed: the test set has no say in it. A difference, of accuracy or of NLL, is taken example by example, then averaged: a
+bootstrap over examples gives its interval and p value, the spread over seeds its standard error. Runs need not have
+been asked the same: a difference is over the questions that both were, and a row that lacks some of its data set's, or
+is not compared on all, says so.
 """
 import argparse
 import json
@@ -16,20 +21,21 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import compare, conditions_of, interval, questions, read_config, saved
+from eval import conditions_of, interval, questions, read_config, resampled, saved
 
 LACKING = {"strict": "it holds no answers; give --by nll, or answer its test set with --max-new-tokens.",
            "nll": "it does not hold the NLL of each example; evaluate it anew (eval.py --max-new-tokens 0 will do)."}
+LOOKS = {"strict": (100, 5, "5.1f"), "nll": (1, 7, "7.4f")}  # in %, in nats: scale, width, format
 
 
 @dataclass
 class Result:
-    """A run that was evaluated: `metrics` and `predictions` by condition."""
+    """A run that was evaluated: `predictions` by condition."""
 
     run: str
     config: dict
-    metrics: dict
     predictions: dict
+    validation: float | None = None  # NLL
 
     data = property(lambda self: Path(self.config["data"]).name)
     main = property(lambda self: conditions_of(self.config["method"])[0])
@@ -37,15 +43,58 @@ class Result:
 
 def saved_result(run):
     """The answers that a finished run holds -> Result. Raises FileNotFoundError for a folder that is not one."""
-    return Result(run, read_config(run), *saved(run))
+    config, (_, predictions) = read_config(run), saved(run)
+    metrics = json.loads(Path(run, "metrics.json").read_text())
+    return Result(run, config, predictions, metrics.get("validation", {}).get("nll"))
 
 
-def grouped(results, join_seeds):
+def difference(a, b, weights=None):
+    """`eval.interval` of the paired difference a - b of two runs on the same examples (n,) -> (ratio, low, high, p).
+
+    p is two-sided: twice the smaller share of the resamples on either side of zero."""
+    ratio, low, high, ratios = resampled(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), weights)
+    tail = min((ratios <= 0).sum(), (ratios >= 0).sum())
+    return ratio, low, high, float(min(1.0, 2 * (tail + 1) / (len(ratios) + 1)))
+
+
+def settings_but(result, *others):
+    """What a run was trained with, as text; without what does not matter, and `others`."""
+    apart = {"out", "commit", "device", "save_every", "resume", "overwrite", "conditions", "python", "torch",
+             "transformers", *others}
+    return json.dumps([value for key, value in sorted(result.config.items()) if key not in apart])
+
+
+def best_of(results, names):
+    """Of the runs that differ in the settings `names` only, the one with the best validation NLL.
+
+    -> {run: Result that stands for it}, and lines on what was chosen of what; they warn where the best lies at the edge
+    of the numbers tried, beyond which a better one may lie. Raises ValueError for a setting that no run varies, and for
+    a run without validation NLL."""
+    for name in names:
+        if len({json.dumps(result.config.get(name)) for result in results}) < 2:
+            raise ValueError(f"--best-of {name}: no two of the runs differ in it.")
+    for result in results:
+        if result.validation is None:
+            raise ValueError(f"--best-of: {result.run} has no validation NLL to be chosen by.")
+    groups, stands, lines = {}, {}, []
+    for result in results:
+        groups.setdefault((result.data, settings_but(result, *names)), []).append(result)
+    for group in groups.values():
+        best, chosen = min(group, key=lambda result: result.validation), []
+        for name in names:
+            tried, own = sorted({result.config[name] for result in group}), best.config[name]
+            edge = len(tried) > 1 and own in (tried[0], tried[-1]) and not isinstance(own, str)
+            chosen.append(f"{name} {own} of {' '.join(map(str, tried))}" + " (AT THE EDGE: try beyond)" * edge)
+        lines.append(f"{best.run}: {', '.join(chosen)}; validation NLL {best.validation:.4f}")
+        stands.update({result.run: best for result in group})
+    return stands, lines
+
+
+def grouped(results, join_seeds, chosen=()):
     """Rows of the comparison -> {(data, name): [(Result, condition)]}; with `join_seeds` one Result a seed.
 
-    A row is a run, or all that differ in their seed alone; `base` is what the runs on that data started from."""
-    apart = {"seed", "out", "commit", "device", "save_every", "resume", "overwrite", "conditions",
-             "python", "torch", "transformers"}
+    A row is a run, or all that differ in their seed alone (and in what was `chosen` for each); `base` is what the runs
+    on that data started from."""
     rows, names = {}, {}
     for result in results:
         seed = result.config["seed"]
@@ -54,7 +103,7 @@ def grouped(results, join_seeds):
             base.append((result, "base"))
         settings, name = str(Path(result.run)), Path(result.run).name
         if join_seeds:
-            settings = json.dumps([value for key, value in sorted(result.config.items()) if key not in apart])
+            settings = settings_but(result, "seed", *chosen)
             name = name.removesuffix(f"-s{seed}")
         if name in names.values() and names.get(settings) != name:
             name = str(Path(result.run))  # the name of other runs already
@@ -106,41 +155,68 @@ def paired(row, other, by="strict"):
     (ours, others), weights = np.split(found[0], 2), found[1]  # (seeds, n) each, and (n,)
     per_seed = (ours - others).sum(1) / weights.sum()
     error = per_seed.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else np.nan
-    return *compare(ours.mean(0), others.mean(0), weights), error, len(answers[0])
+    return *difference(ours.mean(0), others.mean(0), weights), error, len(answers[0])
+
+
+def nll_per_token(answers):
+    """The NLL of a run's reference responses, in nats per token; NaN where the run does not hold it."""
+    nats, tokens = np.sum([row.get("nll", (np.nan, np.nan)) for row in answers], 0)
+    return nats / tokens if tokens else np.nan
+
+
+def with_interval(mean, low, high, form):
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def own_columns(answers, by):
+    """What the seeds of a row scored on the same questions, `answers` (seeds, n), as text."""
+    scale, w, form = LOOKS[by]
+    mean = lambda value: np.array([np.mean([value(one) for one in run]) for run in answers])  # (seeds,)
+    nll = np.array(list(map(nll_per_token, answers)))
+    per_seed = scale * (nll if by == "nll" else mean(lambda one: one["strict"]))
+    found = stacked(answers, by)
+    center = scale * np.array(interval(found[0].mean(0), found[1])) if found else (per_seed.mean(), np.nan, np.nan)
+    text = f"{with_interval(*center, form)} {f'{per_seed.std(ddof=1):{form}}' if len(answers) > 1 else ' ' * w}"
+    if by == "nll":
+        return text
+    flexible, cut = (100 * mean(lambda one: one[name]).mean() for name in ("flexible", "cut_off"))
+    return f"{text} {flexible:7.1f} {cut:5.1f} {mean(lambda one: len(one['ids'])).mean():6.1f} {nll.mean():6.3f}"
+
+
+def difference_columns(row, other, by, asked):
+    """What `paired` finds of two rows, as text; it says so where that is on fewer questions than the row was asked."""
+    scale, w, form = LOOKS[by]
+    found = paired(row, other, by)
+    if not found:
+        return "  not comparable"
+    mean, low, high, p, error = np.multiply(found[:5], (scale, scale, scale, 1, scale))
+    error = " " * (w - 1) if np.isnan(error) else f"{error:{w - 1}{form[1:]}}"
+    text = f"  {with_interval(mean, low, high, '+' + form)} {error} {p:5.3f}"
+    return text + (f"  compared on {found[5]} questions" if found[5] < asked else "")
 
 
 def comparison(rows, against=None, by="strict"):
-    """The rows of `grouped` as lines of text; differences are to the row that holds the run `against` (or "base")."""
-    nll = by == "nll"
-    scale, w, number = (1, 7, "7.4f") if nll else (100, 5, "5.1f")
-    shown = lambda mean, low, high, form: f"{mean:{form}} [{low:{form}}, {high:{form}}]"
-    what, more = ("NLL", "") if nll else ("strict %", f" {'flex. %':>7} {'cut %':>5} {'tokens':>6} {'NLL':>6}")
+    """The rows of `grouped` as lines of text; differences are to the row that holds the run `against` (or "base").
+
+    A row is over the questions that all its seeds were asked; it says so where the data set's other rows hold more."""
+    _, w, _ = LOOKS[by]
+    what, more = ("NLL", "") if by == "nll" else ("strict %", f" {'flex. %':>7} {'cut %':>5} {'tokens':>6} {'NLL':>6}")
     lines = [f"{'data':<16} {'run':<20} {'seeds':>5} {what + '  (95%)':<{3 * w + 5}} {'± sd':>{w}}{more}"
              + (f"  {'difference  (95%)':<{3 * w + 6}} {'± se':>{w - 1}} {'p':>5}" if against else "")]
+    whole = {}  # all questions, by data
+    for (data_name, _), row in rows.items():
+        for result, condition in row:
+            whole.setdefault(data_name, set()).update(questions(result.predictions[condition]))
     for (data_name, name), row in rows.items():
-        metrics = [result.metrics[condition] for result, condition in row]
-        column = lambda key: np.array([np.ravel(one[key])[0] for one in metrics], dtype=float)  # (mean, low, high)?
-        per_seed = scale * column(by)
-        spread = f"{per_seed.std(ddof=1):{number}}" if len(row) > 1 else " " * w
-        found = stacked([result.predictions[condition] for result, condition in row], by)
-        center = (per_seed.mean(), np.nan, np.nan)
-        if found:
-            center = scale * np.array(interval(found[0].mean(0), found[1]))
-        line = f"{data_name:<16} {name:<20} {len(row):5} {shown(*center, number)} {spread}"
-        if not nll:
-            line += (f" {100 * column('flexible').mean():7.1f} {100 * column('cut_off').mean():5.1f} "
-                     f"{column('tokens').mean():6.1f} {column('nll').mean():6.3f}")
-        if against:
+        answers = shared([result.predictions[condition] for result, condition in row])
+        asked, total = len(answers[0]), len(whole[data_name])
+        line = f"{data_name:<16} {name:<20} {len(row):5} "
+        line += own_columns(answers, by) if asked else "not comparable: its seeds share no question"
+        if against and asked:
             other = [o for (d, n), o in rows.items() if d == data_name
                      and (n == against or any(Path(r.run) == Path(against) and c != "base" for r, c in o))]
-            found = paired(row, other[0], by) if other else None
-            if found:
-                mean, low, high, p, error = np.multiply(found[:5], (scale, scale, scale, 1, scale))
-                error = " " * (w - 1) if np.isnan(error) else f"{error:{w - 1}{number[1:]}}"
-            line += f"  {shown(mean, low, high, '+' + number)} {error} {p:5.3f}" if found else "  not comparable"
-            asked = max(len(result.predictions[condition]) for result, condition in row)
-            line += f"  on {found[5]} of {asked} questions" if found and found[5] < asked else ""
-        lines.append(line)
+            line += difference_columns(row, other[0] if other else [], by, asked)
+        lines.append(line + (f"  asked {asked} of {total} questions" if 0 < asked < total else ""))
     return "\n".join(lines)
 
 
@@ -153,6 +229,8 @@ def parse_args(argv=None):
     parser.add_argument("--against", metavar="RUN", help="one of the runs, or base: what the others are compared with")
     parser.add_argument("--by", choices=["strict", "nll"],
                         help="what to compare: strict accuracy, or NLL (lower is better; default where answers lack)")
+    parser.add_argument("--best-of", nargs="+", metavar="SETTING", default=[],
+                        help="keep the run with the best validation NLL of those that differ only in these, as lr")
     args = parser.parse_args(argv)
     if args.against not in (None, "base") and Path(args.against) not in map(Path, args.runs):
         parser.error(f"--against is {args.against}, but it should be one of the runs given, or base")
@@ -174,8 +252,16 @@ def main(argv=None):
             del result.predictions[name]
     left_out += [f"compare.py: {r.run} is left out: {LACKING[by]}" for r in results if r.main not in r.predictions]
     results = [result for result in results if result.main in result.predictions]
+    if args.best_of:
+        try:
+            stands, lines = best_of(results, args.best_of)
+        except ValueError as error:
+            sys.exit(f"compare.py: {error}")
+        results = [result for result in results if stands[result.run] is result]
+        args.against = getattr(stands.get(args.against), "run", args.against)
+        print("\n".join(lines), end="\n\n")
     if results:
-        print(comparison(grouped(results, args.seeds), args.against, by))
+        print(comparison(grouped(results, args.seeds, args.best_of), args.against, by))
     if left_out:
         sys.exit("\n".join(left_out))
 

@@ -93,7 +93,7 @@ class Settings:
 class SearchResult(ModelOutput):
     """What a search found: `codes` (B, M) of the winner, `log_likelihood` (B, R) of every rollout in nats,
     `rollouts` (B, R, M) the code sequences tried, `logits` (B, M, C) of the router that drew them, `searched` (B, M)
-    whose codes there was a choice of (None: all). `exact_search` adds `expanded` (B,), how many prefixes it extended."""
+    whose codes there was a choice of (None: all); of `exact_search` also `expanded` (B,), the prefixes it extended."""
 
     codes: torch.Tensor | None = None
     log_likelihood: torch.Tensor | None = None
@@ -226,6 +226,7 @@ class DLRModel(nn.Module):
         self.register_buffer("bigram", torch.full((settings.num_codes,) * 2, settings.num_codes**-2.0, device=device))
         self.register_buffer("unit", torch.ones((), device=device))  # of alpha
         self.register_state_dict_post_hook(_leave_out_tied)
+        self.register_load_state_dict_pre_hook(_put_in_tied)
         if device.type != "meta":
             self.verify()
 
@@ -246,8 +247,8 @@ class DLRModel(nn.Module):
         `num_items_in_batch`: the response tokens of the whole batch, where these texts are a part of it: the losses of
         the parts add up to that of the whole (for (4c, 4d), means over chunks, each part's own weighs as its tokens).
         Raises TypeError for arguments that a forward of the whole LM would heed, and this one cannot."""
-        unknown = [name for name, value in kwargs.items() if value is not None and name not in ("use_cache", "return_dict")]
-        if unknown:
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if set(unknown) - {"use_cache", "return_dict"}:
             raise TypeError(f"DLRModel.forward does not take {', '.join(unknown)}.")
         trunk = self.trunk(input_ids, attention_mask)
         if self.training and labels is not None and codes is None:
@@ -430,24 +431,25 @@ class DLRModel(nn.Module):
         for what, got, expected in checks:
             off, near = (got - expected).abs().max(), tolerance * expected.abs().max()
             if not off <= near:
-                raise ValueError(f"{self._named} would be steered wrongly: the {what} differ from those of a plain hook "
-                                 f"by {off:.2g}, more than rounding ({near:.1g}).")
+                raise ValueError(f"{self._named} would be steered wrongly: the {what} differ from those of a plain "
+                                 f"hook by {off:.2g}, more than rounding ({near:.1g}).")
         return self
 
     def _restated(self, ids, mask, codes):
         """What `verify` compares -> [(its name, what this file computes, what a plain hook says)]."""
-        def alone(row, codes):  # (T,), (M,) -> logits (T, V), router's logits in each chunk (M, C)
-            vectors, states = self.unit * self.codebook[codes] * (codes >= 0)[:, None], []
+        def alone(row, codes):  # (T,), (R, M) -> logits (R, T, V), router's logits in each chunk (M, C)
+            vectors, states = self.unit * self.codebook[codes] * (codes >= 0)[..., None], []
 
             def hook(block, args, output):
                 h = output[0] if isinstance(output, (tuple, list)) else output
                 states.append(h[0])
-                h = h + vectors.repeat_interleave(2, 0)[: len(row)].to(h)
+                h = h + vectors.repeat_interleave(2, 1)[:, : len(row)].to(h)
                 return (h, *output[1:]) if isinstance(output, (tuple, list)) else h
 
             handle = self.blocks[self.settings.layer].register_forward_hook(hook)
             try:
-                return self.lm(input_ids=row[None], use_cache=False).logits[0].float(), self._logits(states[0][::2])
+                rows = row.expand(len(codes), -1)
+                return self.lm(input_ids=rows, use_cache=False).logits.float(), self._logits(states[0][::2])
             finally:
                 handle.remove()
 
@@ -457,11 +459,11 @@ class DLRModel(nn.Module):
                                   output_logits=True, return_dict_in_generate=True)
         said, checks = self.generate(ids, mask, generation_config=greedy), []
         for b, start in enumerate((0, 2)):
-            row = ids[b, start:]
-            expected = torch.stack([alone(row, own)[0] for own in codes[b]])  # (3, T, V)
+            row, used = ids[b, start:], self.last_codes[b]
+            expected, _ = alone(row, codes[b])  # (3, T, V)
             log_p = expected[:, :-1].log_softmax(-1).gather(2, row[1:].expand(3, -1)[..., None])
-            generated, routed = alone(said.sequences[b, start:-1], self.last_codes[b])
-            chosen = routed.gather(1, self.last_codes[b, : len(routed), None])[:, 0]  # ties do not matter
+            (generated,), routed = alone(said.sequences[b, start:-1], used[None])
+            chosen = routed.gather(1, used[: len(routed), None])[:, 0]  # ties do not matter
             checks += [("logits without codes", logits[b, 0, start:].float(), expected[0]),
                        ("logits under codes", logits[b, 1:, start:].float(), expected[1:]),
                        ("scores of rollouts", scores[b], log_p.sum((1, 2))),
@@ -591,7 +593,7 @@ class DLRModel(nn.Module):
 
     @contextmanager
     def _steered_decoding(self, pads):
-        """Steer every forward of the LM inside; yields a dict whose `grid` holds the codes (B', M) of the texts so far."""
+        """Steer every forward of the LM inside; yields a dict: `grid` holds the codes (B', M) of the texts so far."""
         call, named = {"end": 0, "cached": False}, self._named
 
         def before(backbone, args, kwargs):
@@ -690,6 +692,12 @@ def _leave_out_tied(model, state, prefix, local_metadata):
     """What is one tensor in the model is saved once, as safetensors wants it."""
     for name in _tied(model):
         state.pop(prefix + name, None)
+
+
+def _put_in_tied(model, state, prefix, *args):
+    """... and loaded once: under its second name it is what it is."""
+    for name in _tied(model):
+        state.setdefault(prefix + name, model.get_parameter(name))
 
 
 def _hidden(output):

@@ -68,27 +68,25 @@ def choose_device(name="auto"):
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def interval(values, weights=None):
-    """sum(values) / sum(weights), both (n,), with its 95% percentile bootstrap interval -> (ratio, low, high).
+def resampled(values, weights=None):
+    """sum(values) / sum(weights), both (n,), with its 95% percentile bootstrap interval -> (ratio, low, high, ratios).
 
-    Without weights, that is the mean of the values; of nats, with tokens for weights, nats per token."""
-    return compare(values, 0, weights)[:3]
-
-
-def compare(a, b, weights=None):
-    """`interval` of the paired difference a - b of two runs on the same examples (n,) -> (ratio, low, high, p).
-
-    5000 resamples of the examples, seeded; p is two-sided: twice the smaller share of them on either side of zero."""
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    weights = np.ones(len(difference)) if weights is None else weights
-    if np.ptp(difference / weights) == 0:  # nothing to resample
-        return (float(difference[0] / weights[0]),) * 3 + (float(difference[0] == 0),)
+    Without weights, that is the mean of the values; of nats, with tokens for weights, nats per token. ratios (5000,):
+    the same of seeded resamples of the n examples."""
+    values = np.asarray(values, dtype=float)
+    weights = np.ones(len(values)) if weights is None else weights
+    if np.ptp(values / weights) == 0:  # nothing to resample
+        ratio = float(values[0] / weights[0])
+        return ratio, ratio, ratio, np.full(5000, ratio)
     ratio = lambda above, below, axis=-1: above.sum(axis) / below.sum(axis)
-    ratios = bootstrap((difference, weights), ratio, paired=True, n_resamples=5000, batch=500, method="percentile",
+    ratios = bootstrap((values, weights), ratio, paired=True, n_resamples=5000, batch=500, method="percentile",
                        rng=0).bootstrap_distribution
-    tail = min((ratios <= 0).sum(), (ratios >= 0).sum())
-    return (float(ratio(difference, weights)), *map(float, np.quantile(ratios, [0.025, 0.975])),
-            float(min(1.0, 2 * (tail + 1) / (len(ratios) + 1))))
+    return float(ratio(values, weights)), *map(float, np.quantile(ratios, [0.025, 0.975])), ratios
+
+
+def interval(values, weights=None):
+    """The first three of `resampled` -> (ratio, low, high)."""
+    return resampled(values, weights)[:3]
 
 
 def others_codes(codes):
@@ -108,9 +106,14 @@ def table_intervention(table):
     def intervention(codes):
         given = torch.full_like(codes, KEEP)
         width = min(codes.shape[1], table.shape[1])
-        given[:, :width] = table[:, :width]
+        given[:, :width] = table[:, :width].to(codes.device)
         return torch.where(given == KEEP, codes, given.clamp(min=-1))
     return intervention
+
+
+def for_batch(intervention, batch):
+    """What `answer` takes as an intervention, for some of its examples: of a table of codes, their rows."""
+    return table_intervention(intervention[batch]) if torch.is_tensor(intervention) else intervention
 
 
 def batches(lengths, batch_size):
@@ -156,11 +159,10 @@ def answer(model, tokenizer, examples, intervention=None, max_new_tokens=256, ba
     for batch in tqdm(batches(list(map(len, prompts)), batch_size), f"answering {label}", leave=False,
                       disable=True if processes()[0] else None):  # None: off where there is no terminal
         input_ids, mask = data.collate_prompts([prompts[i] for i in batch], device=device)
-        use = table_intervention(intervention[batch].to(device)) if torch.is_tensor(intervention) else intervention
-        with model.intervene(use):
-            # the sampling settings that some models bring along are switched off: every model answers alike
-            output = model.generate(input_ids, mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None,
-                                    top_p=None, top_k=None, repetition_penalty=None,
+        with model.intervene(for_batch(intervention, batch)):
+            # the settings that some models bring along are switched off: every model answers alike
+            output = model.generate(input_ids, mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                                    temperature=None, top_p=None, top_k=None, repetition_penalty=None,
                                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
         for i, ids, codes in zip(batch, output[:, input_ids.shape[1]:].tolist(), model.last_codes.cpu()):
             ended = tokenizer.eos_token_id in ids
@@ -204,8 +206,7 @@ def response_nll(model, rows, intervention=None, batch_size=16):
     found = {}
     for batch in batches([len(ids) for ids, _ in rows], batch_size):
         texts = data.collate([rows[i] for i in batch], device=model.device)
-        use = table_intervention(intervention[batch].to(model.device)) if torch.is_tensor(intervention) else intervention
-        with model.intervene(use):
+        with model.intervene(for_batch(intervention, batch)):
             nll = -model.log_likelihood(model.trunk(texts["input_ids"], texts["attention_mask"]), texts["labels"])
         found.update(zip(batch, zip(nll.tolist(), (texts["labels"][:, 1:] >= 0).sum(1).tolist())))
     return np.array(gathered(found), dtype=float).reshape(-1, 2).T
@@ -295,7 +296,7 @@ def load_run(run, device="cpu"):
 
 
 def saved(run):
-    """What a finished run holds -> (metrics, predictions), dicts by condition. Raises FileNotFoundError if it is none."""
+    """What a finished run holds -> (metrics, predictions), by condition. Raises FileNotFoundError if it is none."""
     read_config(run)
     predictions = {}
     for line in Path(run, "predictions.jsonl").read_text().splitlines():
@@ -314,7 +315,8 @@ def load_data(config):
     names = ("n", "val", "test", "seed", "data_dir", "digits", "ops", "nines")
     splits = data.load(config["data"], **{name: config[name] for name in names if name in config})
     if config["method"] == "pause":
-        splits = {split: baselines.with_pauses(examples, config.get("pauses", 10)) for split, examples in splits.items()}
+        count = config.get("pauses", 10)
+        splits = {split: baselines.with_pauses(examples, count) for split, examples in splits.items()}
     return splits
 
 

@@ -64,8 +64,9 @@ def load(run, device):
 def interventions(args, model):
     """What to answer under -> {name: intervention, as `answer` takes it}. Raises ValueError for a code out of range."""
     codes, asked = args.codes or args.swap or [0], {"base": "off"} if args.off else {}
-    if max(codes) >= model.settings.num_codes:
-        raise ValueError(f"code {max(codes)} is out of range: this model has codes 0 to {model.settings.num_codes - 1}.")
+    last = model.settings.num_codes - 1
+    if max(codes) > last:
+        raise ValueError(f"code {max(codes)} is out of range: this model has codes 0 to {last}.")
     if args.codes:
         table = torch.tensor([codes], device=model.device)
         asked = {f"--codes {','.join(map(str, codes))}": table_intervention(table)}
@@ -82,10 +83,11 @@ def reply(model, tokenizer, prompt, intervention, max_new_tokens):
     (said,), codes = answer(model, tokenizer, [example], intervention, max_new_tokens, batch_size=1)
     tail = said["ids"] + [tokenizer.eos_token_id] * (not said["cut_off"])
     text = torch.tensor([head + tail], device=model.device)  # (1, T)
-    used = F.pad(codes, (0, -(-text.shape[1] // model.settings.chunk_size) - codes.shape[1]), value=-1).to(text)  # (1, M)
+    size = model.settings.chunk_size
+    used = F.pad(codes, (0, -(-text.shape[1] // size) - codes.shape[1]), value=-1).to(text)  # (1, M)
     labels = torch.tensor([[-100] * len(head) + tail], device=model.device)
     nll = -model.log_likelihood(model.trunk(text), labels, used).item() / len(tail)
-    return pieces(tokenizer, head + said["ids"], len(head), codes[0].tolist(), model.settings.chunk_size), nll
+    return pieces(tokenizer, head + said["ids"], len(head), codes[0].tolist(), size), nll
 
 
 def read_lines():

@@ -11,9 +11,9 @@ sequences have in common has to be computed once. All three *resume* a text from
 injection run over new tokens only, on a cache that holds what came before. That needs blocks that look back through
 attention; an LM with others, recurrent ones, is refused.
 
-Source: "Dynamic Latent Routing", arXiv 2605.14323 (2026), draws from the router; these are this project's own. The exact
-search is General Dijkstra Search (gds.py) on a tree: rewards are log-probabilities, never positive, so the likeliest
-prefix, once complete, is the optimum.
+Source: "Dynamic Latent Routing", arXiv 2605.14323 (2026), draws from the router; these are this project's own. The
+exact search is General Dijkstra Search (gds.py) on a tree: rewards are log-probabilities, never positive, so the
+likeliest prefix, once complete, is the optimum.
 """
 import copy
 import inspect
@@ -133,11 +133,28 @@ def _best_first(model, aligned, b, log_p, most):
 
 
 def check_resumable(model):
-    """Raises ValueError for an LM with blocks that look back in another way than through keys and values."""
+    """Raises ValueError for an LM with blocks that look back in another way than through keys and values, or that
+    answers otherwise where a text comes in pieces: this is tried once, on six tokens."""
     layers = DynamicCache(config=model.config.get_text_config()).layers
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         raise ValueError(f"{type(model.lm).__name__} has recurrent or indexed blocks, which beam_search, exact_search "
                          f"and response_search cannot resume in the middle of a text: use plain search.")
+    if getattr(model, "resumes", False):
+        return
+    ids, cache = torch.arange(6, device=model.device)[None], DynamicCache()
+    with torch.no_grad(), model.searching(torch.float32):
+        whole = model.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        pieces = [model.backbone(input_ids=piece, use_cache=True, **{_cache_name(model): cache}).last_hidden_state
+                  for piece in ids.split(2, 1)]
+    tolerance = max(1e-3, torch.finfo(model.dtype).eps ** 0.5)
+    if cache.get_seq_length() != 6 or not (torch.cat(pieces, 1) - whole).abs().max() <= tolerance * whole.abs().max():
+        raise ValueError(f"{type(model.lm).__name__} does not read a text in pieces as it reads it whole, which "
+                         f"beam_search, exact_search and response_search rely on: use plain search.")
+    model.resumes = True
+
+
+def _cache_name(model):
+    return "cache" if "cache" in inspect.signature(model.backbone.forward).parameters else "past_key_values"  # 5.24
 
 
 class _Aligned:
@@ -187,8 +204,6 @@ def _resume(model, aligned, text, codes, cache, stop=None):
     token_codes = model.intervened(codes).gather(1, position[:, new].clamp(min=0) // model.settings.chunk_size)
     steered = hidden + model.vectors(token_codes, hidden.dtype)
     padding = model.padding((position >= 0).long(), position[:, new]) if aligned.padded else {}
-    takes = inspect.signature(model.backbone.forward).parameters
-    name = "cache" if "cache" in takes else "past_key_values"  # 5.24 renamed it
 
     def inject():
         # An LM takes positions and mask sizes from block 0's keys, and that block does not run: dummies tell.
@@ -197,7 +212,8 @@ def _resume(model, aligned, text, codes, cache, stop=None):
         return steered
 
     with model.from_trunk(inject, aligned.trunk):
-        return model.backbone(input_ids=aligned.ids[text, new], use_cache=True, **{name: cache}, **padding)
+        ids, keys = aligned.ids[text, new], {_cache_name(model): cache}
+        return model.backbone(input_ids=ids, use_cache=True, **keys, **padding)
 
 
 def _forked(cache, rows):

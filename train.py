@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
+                                                     set_model_state_dict, set_state_dict)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -60,6 +60,9 @@ RECIPES = {"paper": {}, "ours": dict(policy="rloo", alpha_policy=2.0, update_on=
                                     scale_units="hidden")}
 # States are kept whole, whoever holds which part of them, and without what is not trained.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+ROUNDING = ("Warning, step {step}: the rollouts' log-likelihoods lie {spread:.2g} nats apart, and scoring them again "
+            "moves them by {noise:.2g}: winners are drawn by rounding. Raise --scale or --code-lr, or use "
+            "--search-dtype float32.")
 # what the progress bar shows of a step
 SHOWN = ("loss", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
 
@@ -83,8 +86,9 @@ def parse_args(argv=None):
     group.add_argument("--scale-units", default="absolute", choices=["absolute", "hidden"],
                        help="hidden: ALPHA counts in units of the LM's typical hidden state")
     group.add_argument("--router-norm", choices=["none", "rms"], help="what the router reads: h, or h / rms(h)")
-    group.add_argument("--lora-rank", type=int, default=8, help="lora: rank of the adapters")
-    group.add_argument("--lora-layers", type=int, nargs="+", metavar="L", help="lora: their blocks (default: all)")
+    group.add_argument("--lora-rank", type=int, metavar="R", help="train the LM through adapters of this rank, and "
+                       "nothing else of it (dlr, soft: beside the codes; lora: default 8)")
+    group.add_argument("--lora-layers", type=int, nargs="+", metavar="L", help="their blocks (default: all)")
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="arithmetic", help=f"arithmetic, {', '.join(data.TASKS)}, or a file.jsonl")
     group.add_argument("--data-dir", help="folder with <task>/<split>.jsonl to read instead of the hub")
@@ -117,6 +121,10 @@ def parse_args(argv=None):
     group.add_argument("--batch-size", type=int, default=8, help="texts a forward pass (of each process)")
     group.add_argument("--accumulate", type=int, default=1, help="batches an optimiser step")
     group.add_argument("--epochs", type=int, default=1)
+    group.add_argument("--max-steps", type=int, metavar="S", help="optimiser steps, in place of --epochs")
+    group.add_argument("--evaluate-every", type=int, metavar="E", help="steps between looks at the validation NLL")
+    group.add_argument("--patience", type=int, metavar="P", help="stop after P looks without a better one and keep the "
+                       "best state; after ten steps the rate is constant")
     group.add_argument("--gradient-checkpointing", action="store_true",
                        help="keep less of the forward pass for the backward pass, and compute it again: less memory")
     group.add_argument("--shard", action="store_true",
@@ -143,6 +151,8 @@ def parse_args(argv=None):
         parser.set_defaults(**EMBEDDED, freeze=first_look.method in ROUTED)
     parser.set_defaults(**RECIPES[first_look.recipe])
     args = parser.parse_args(argv)
+    if args.method == "lora":
+        args.lora_rank = args.lora_rank or 8
     if args.max_new_tokens is None:
         args.max_new_tokens = args.digits + 13 if args.data == "arithmetic" else 256
     args.eval_batch_size = args.eval_batch_size or 4 * args.batch_size  # no gradients: more texts fit
@@ -156,15 +166,19 @@ def check_settings(args):
     """Raises ValueError for a setting that cannot work, before anything is loaded."""
     names = dict(num_codes="codes", chunk_size="chunk")
     for name in ("num_codes", "chunk_size", "rollouts", "batch_size", "accumulate", "epochs", "save_every",
-                 "max_length", "digits", "lora_rank"):
-        if getattr(args, name) < 1:
+                 "max_length", "digits", "lora_rank", "look_every", "max_steps", "evaluate_every", "patience"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{names.get(name, name).replace('_', '-')} is {getattr(args, name)}; it must be at "
                              f"least 1.")
     for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale", "max_new_tokens"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
-    if args.look_every is not None and args.look_every < 1:
-        raise ValueError(f"--look-every is {args.look_every}; it must be at least 1.")
+    if (args.patience is None) != (args.evaluate_every is None):
+        raise ValueError("--patience and --evaluate-every belong together: how many looks, and how often to look.")
+    if args.patience and args.val < 1:
+        raise ValueError(f"--patience looks at validation examples, and --val is {args.val}.")
+    if args.lora_rank and args.method not in (*ROUTED, "lora"):
+        raise ValueError(f"--lora-rank is for --method {', '.join(ROUTED)} and lora, not for {args.method}.")
     if args.freeze and args.method not in ROUTED:
         raise ValueError(f"--freeze is for --method {' and '.join(ROUTED)}: {args.method} would have nothing to train "
                          f"(lora freezes by itself).")
@@ -172,8 +186,8 @@ def check_settings(args):
         raise ValueError(f"--policy rloo and --update-on sample want draws; --search {args.search} makes none.")
     if args.shard and os.environ.get("WORLD_SIZE", "1") == "1":
         raise ValueError("--shard spreads a model over several processes, and this is one: start it with torchrun.")
-    if args.shard and args.method not in (*ROUTED, "sft"):
-        raise ValueError(f"--shard is for --method {', '.join(ROUTED)} and sft, not for {args.method}.")
+    if args.shard and (args.lora_rank or args.method not in (*ROUTED, "sft")):
+        raise ValueError(f"--shard is for --method {', '.join(ROUTED)} and sft, without adapters.")
     baselines.check_packages(args.method)
     if args.model == "tiny" and (args.data in data.TASKS or args.data.endswith(".jsonl")):
         raise ValueError("--model tiny only reads arithmetic; for other data pass another --model, such as gpt2.")
@@ -234,9 +248,9 @@ def load_model(args, where, device):
 def dress(args, lm, tokenizer, splits):
     """Change model, tokenizer and texts as the method asks (baselines.py). -> the splits to train and evaluate on"""
     texts = dict(splits)
-    if args.method == "lora":
+    if args.lora_rank:
         baselines.add_lora(lm, args.lora_rank, args.lora_layers)
-    elif args.method == "pause":
+    if args.method == "pause":
         baselines.add_tokens(lm, tokenizer, [baselines.PAUSE])
         texts = {split: baselines.with_pauses(examples) for split, examples in splits.items()}
     elif args.method == "tokenassorted":
@@ -250,7 +264,8 @@ def step_values(out, labels, tokens):
     """What every step tells the log, as this micro-batch's part of it -> {name: tensor}.
 
     `best_nll`, `mean_nll`: the loss per response token under the best rollout, and on average over the rollouts."""
-    values = {name: out[name] for name in ("loss", "generalist", "steered", "policy", "prior") if out.get(name) is not None}
+    terms = ("loss", "generalist", "steered", "policy", "prior")
+    values = {name: out[name] for name in terms if out.get(name) is not None}
     if out.found is not None:
         share, score = (labels[:, 1:] >= 0).sum() / tokens, out.found.log_likelihood
         used = torch.zeros(out.found.logits.shape[-1] + 1, device=labels.device)
@@ -277,7 +292,8 @@ def look_closer(args, model, out, labels, tokens):
     argmax = found.logits.argmax(-1)[:, None]  # (B, 1, M)
     again = torch.cat([found.rollouts.flip(1), argmax, torch.full_like(argmax, -1)], 1)
     with model.searching(torch.float32):
-        *scores, chosen, off = model.log_likelihood(trunk, labels, again.masked_fill(~trunk.real[:, None], -1)).unbind(1)
+        again = again.masked_fill(~trunk.real[:, None], -1)
+        *scores, chosen, off = model.log_likelihood(trunk, labels, again).unbind(1)
     scores = torch.stack(scores, 1).flip(1)  # (B, N), in another order
     p = found.logits.softmax(-1)
     entropy = -(torch.xlogy(p, p).sum(-1) * trunk.real).sum() / trunk.real.sum()
@@ -293,7 +309,7 @@ def prepare_out(args):
     out = Path(args.out)
     config = out / "config.json"
     if args.overwrite:
-        for name in ("state.pt", "config.json", "log.jsonl", "metrics.json", "predictions.jsonl"):
+        for name in ("state.pt", "best.pt", "config.json", "log.jsonl", "metrics.json", "predictions.jsonl"):
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "model", ignore_errors=True)
     elif (out / "metrics.json").is_file():
@@ -372,21 +388,23 @@ def rng_state(device):
     return [torch.get_rng_state(), *device_state]
 
 
-def save_state(args, step, spread, optimizer, schedule, device):
-    """Everything a resumed run needs to go on to the same numbers, written so that a kill cannot leave half of it.
+def write(args, name, state):
+    """Put a state under --out, by the first process, so that a kill cannot leave half of it."""
+    if processes()[0] == 0:
+        torch.save(state, Path(args.out, f"{name}.part"))
+        os.replace(Path(args.out, f"{name}.part"), Path(args.out, name))
 
-    All processes take part (each may hold a shard), the first one writes."""
-    rank = processes()[0]
+
+def save_state(args, step, spread, optimizer, schedule, best, device):
+    """Everything a resumed run needs to go on to the same numbers. All processes take part: each may hold a shard."""
     model, optimizer = get_state_dict(spread, optimizer, options=WHOLE)
-    state = {"step": step, "model": model, "optimizer": optimizer, "schedule": schedule.state_dict(),
-             "rng": gathered({rank: rng_state(device)})}
-    if rank == 0:
-        torch.save(state, Path(args.out, "state.part"))
-        os.replace(Path(args.out, "state.part"), Path(args.out, "state.pt"))
+    rng = gathered({processes()[0]: rng_state(device)})
+    write(args, "state.pt", {"step": step, "model": model, "optimizer": optimizer, "schedule": schedule.state_dict(),
+                             "best": best, "rng": rng})
 
 
 def load_state(state, spread, optimizer, schedule, device):
-    """Undo `save_state` -> the step to go on with."""
+    """Undo `save_state` -> the step to go on with, and the best look at validation before it."""
     set_state_dict(spread, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                    options=WHOLE)
     schedule.load_state_dict(state["schedule"])
@@ -394,25 +412,42 @@ def load_state(state, spread, optimizer, schedule, device):
     torch.set_rng_state(own[0])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(own[1])
-    return state["step"]
+    return state["step"], state["best"]
 
 
-def train(args, model, rows, state, device):
-    """The loop. Returns False where Ctrl-C (or SIGTERM) ended it early; the state is saved then."""
-    rank, world = processes()
-    spread = over_gpus(args, model, device)
+def validation_nll(args, model, rows):
+    """NLL per response token of the validation texts, under the router's codes for what has codes; None without any."""
+    training = model.training
+    nll, tokens = response_nll(model.eval(), rows, None if args.method in ROUTED else "off", args.eval_batch_size)
+    model.train(training)
+    return float(nll.sum() / tokens.sum()) if rows else None
+
+
+def optimise(args, model, steps):
+    """-> AdamW over what is trained, its learning rates, how many steps they take to rise."""
     codes = [p for p in (model.codebook, model.router.weight) if p.requires_grad]
     groups = [{"name": "lr", "params": [p for p in model.lm.parameters() if p.requires_grad], "lr": args.lr},
               {"name": "code_lr", "params": codes, "lr": args.code_lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01, fused=True)
+    warmup = 10 if args.patience else max(1, steps // 20)
+    falling = lambda step: 1 if args.patience else (steps - step) / max(1, steps - warmup)
+    return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / warmup, falling(step), 1)), warmup
+
+
+def train(args, model, rows, held_out, state, device):
+    """The loop -> {"step", "nll"} of the state that is kept, None where Ctrl-C (or SIGTERM) ended it early; then the
+    state is saved. `held_out`: rows of validation texts, for --patience."""
+    rank, world = processes()
+    spread = over_gpus(args, model, device)
     per_step = args.batch_size * args.accumulate * world
     per_epoch = math.ceil(len(rows) / per_step)
-    steps = args.epochs * per_epoch
-    warmup, look_every = max(1, steps // 20), args.look_every or max(1, steps // 100)
-    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1))
+    steps = args.max_steps or args.epochs * per_epoch
+    look_every = args.look_every or max(1, steps // 100)
+    optimizer, schedule, warmup = optimise(args, model, steps)
     if world > 1:
         torch.manual_seed(args.seed + rank)  # every process draws codes of its own
-    first = load_state(state, spread, optimizer, schedule, device) if state else 0
+    first, best = load_state(state, spread, optimizer, schedule, device) if state else (0, {"step": 0, "nll": None})
+    enough = lambda step: args.patience and step - best["step"] >= args.patience * args.evaluate_every
     log_path = Path(args.out, "log.jsonl") if rank == 0 else Path(os.devnull)
     lines = log_path.read_text().splitlines()[:first] if log_path.is_file() else []  # steps after the state are redone
     log_path.write_text("".join(line + "\n" for line in lines))
@@ -422,7 +457,7 @@ def train(args, model, rows, state, device):
     try:
         with open(log_path, "a", buffering=1) as log, tqdm(total=steps, initial=first, desc=args.method,
                                                            disable=True if rank else None) as bar:
-            for step in range(first, steps):
+            for step in range(first, first if enough(first) else steps):
                 epoch, place = divmod(step, per_epoch)
                 order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
                 chosen = order[place * per_step : (place + 1) * per_step]
@@ -430,6 +465,11 @@ def train(args, model, rows, state, device):
                 line = train_step(args, model, spread, optimizer, rows, chosen, step, look, interrupted, device)
                 schedule.step()
                 stop = line.pop("interrupted")
+                if args.patience and (step + 1) % args.evaluate_every == 0:
+                    line["validation_nll"] = nll = validation_nll(args, model, held_out)
+                    if best["nll"] is None or nll < best["nll"]:
+                        best = {"step": step + 1, "nll": nll}
+                        write(args, "best.pt", get_model_state_dict(spread, options=WHOLE))
                 log.write(json.dumps({"step": step, "epoch": epoch, **line}) + "\n")
                 shown = {name: f"{line[name]:.3g}" for name in SHOWN if name in line}
                 bar.set_postfix(shown, refresh=False)
@@ -439,17 +479,21 @@ def train(args, model, rows, state, device):
                     print(f"step {step + 1} of {steps}:", *(f"{name} {value}" for name, value in shown.items()))
                 if step >= warmup and not warned and selects_by_rounding(args, line):
                     warned = True
-                    bar.write(f"Warning, step {step}: the rollouts' log-likelihoods lie {line['spread']:.2g} nats "
-                              f"apart, and scoring them again moves them by {line['noise']:.2g}: winners are drawn by "
-                              f"rounding. Raise --scale or --code-lr, or use --search-dtype float32.")
-                if stop or step + 1 == steps or (step + 1) % args.save_every == 0:
-                    save_state(args, step + 1, spread, optimizer, schedule, device)
+                    bar.write(ROUNDING.format(step=step, **line))
+                if stop or step + 1 == steps or enough(step + 1) or (step + 1) % args.save_every == 0:
+                    save_state(args, step + 1, spread, optimizer, schedule, best, device)
                 if stop:
-                    return False
+                    return None
+                if enough(step + 1):
+                    break
     finally:
         for sig, handler in handlers.items():
             signal.signal(sig, handler)
-    return True
+    if best["nll"] is None:
+        return {"step": steps, "nll": None}
+    kept = torch.load(Path(args.out, "best.pt"), map_location="cpu", weights_only=True)
+    set_model_state_dict(spread, kept, options=WHOLE)
+    return best
 
 
 def selects_by_rounding(args, line):
@@ -478,7 +522,8 @@ def train_step(args, model, spread, optimizer, rows, chosen, step, look, interru
     for start in range(0, len(chosen), size):
         batch, last = own_batch(rows, chosen[start : start + size], device), start + size >= len(chosen)
         use = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
-        with nullcontext() if last or not hasattr(spread, "no_sync") else spread.no_sync():  # gradients meet once a step
+        meet = last or not hasattr(spread, "no_sync")  # gradients of several processes meet once a step
+        with nullcontext() if meet else spread.no_sync():
             with use:
                 out = spread(**batch, num_items_in_batch=tokens)  # search, select, and equation (4)
                 values = step_values(out, batch["labels"], tokens)
@@ -514,11 +559,13 @@ def main(argv=None):
         print(f"{args.method} on {args.data}: {len(rows)} training texts ({cut} cut at {args.max_length} tokens, "
               f"{dropped} too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} "
               f"parameters trained")
-        if not train(args, model, rows, state, device):
+        held_out, _, _ = data.encode(texts["validation"], tokenizer, args.max_length)
+        kept = train(args, model, rows, held_out, state, device)
+        if not kept:
             raise KeyboardInterrupt
         if args.shard:
             model = in_one_piece(args, model, where, device)
-        finish(args, model, tokenizer, splits, texts, where, device)
+        finish(args, model, tokenizer, splits, texts, held_out, kept, where, device)
     except (OSError, ValueError, FloatingPointError) as error:
         give_up(f"train.py: {first_line(error)}")
     except KeyboardInterrupt:
@@ -543,6 +590,8 @@ def set_up(args, device):
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     with first_process_first():
         splits = data.load(args.data, args.n, args.val, args.test, args.seed, args.data_dir, args.digits, args.ops)
+        if args.patience and not splits["validation"]:
+            raise ValueError(f"--patience looks at validation examples, and --n {args.n} leaves none of {args.data}.")
         where = find_model(args)
         if rank == 0:
             prepare_out(args)
@@ -595,10 +644,10 @@ def in_one_piece(args, model, where, device):
     return whole.to(device)
 
 
-def finish(args, model, tokenizer, splits, texts, where, device):
+def finish(args, model, tokenizer, splits, texts, held_out, kept, where, device):
     """Save the model, answer the test set under every condition, print the table."""
     rank, _ = processes()
-    if args.method == "lora":
+    if args.lora_rank:
         baselines.merge_lora(model.lm)
     if rank == 0:
         folder = Path(args.out, "model")
@@ -606,13 +655,11 @@ def finish(args, model, tokenizer, splits, texts, where, device):
         tokenizer.save_pretrained(folder)
     settings = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, batch_size=args.eval_batch_size)
     model.eval()
-    rows, _, _ = data.encode(texts["validation"], tokenizer, args.max_length)
-    nll, tokens = response_nll(model, rows, None if args.method in ROUTED else "off", args.eval_batch_size)
-    validation = nll.sum() / tokens.sum() if rows else None  # None without validation examples
+    validation = validation_nll(args, model, held_out)
     conditions = conditions_of(args.method, args.conditions)
     metrics, predictions = evaluate(model, tokenizer, texts["test"], conditions, **settings)
     base = base_predictions = {}
-    if args.freeze and "off" in metrics:  # the LM is the one it was
+    if args.freeze and not args.lora_rank and "off" in metrics:  # the LM is the one it was
         base, base_predictions = {"base": metrics["off"]}, {"base": predictions["off"]}
     elif "base" in args.conditions:
         model.to("cpu")  # room for the other one
@@ -621,12 +668,14 @@ def finish(args, model, tokenizer, splits, texts, where, device):
     metrics, predictions = {**base, **metrics}, {**base_predictions, **predictions}
     if rank:
         return
-    write_results(args.out, metrics, predictions, validation={"nll": validation})
-    Path(args.out, "state.pt").unlink(missing_ok=True)
+    write_results(args.out, metrics, predictions, validation={"nll": validation}, kept=kept)
+    for name in ("state.pt", "best.pt"):
+        Path(args.out, name).unlink(missing_ok=True)
     print(f"\n{len(splits['test'])} test examples of {args.data}, greedy:\n{table(metrics)}")
     if args.method in ROUTED:
         print(hindsight_gap(args))
-    print(f"validation NLL: {validation and round(validation, 4)}. Saved in {args.out}: model/, metrics.json, "
+    which = f" of the state after step {kept['step']}, the best of those looked at" if args.patience else ""
+    print(f"validation NLL{which}: {validation and round(validation, 4)}. Saved in {args.out}: model/, metrics.json, "
           f"predictions.jsonl, log.jsonl.")
 
 

@@ -7,11 +7,12 @@ Each is built tiny, with random weights, and wrapped. Then it has to be
     refused  by `DLRModel(lm)`, with a ValueError of its own.
 
 A number that is wrong, or any other exception, is a failure: the exit status is 1. Searches that resume (beam, exact,
-`response_only`) may refuse on their own. A random LM answers other than a trained one would, but in the same way.
+response) may refuse on their own. A random LM answers other than a trained one would, but in the same way.
 
-    python tests/families.py               # all of them, as a table in Markdown: a minute and a half on one core
+    python tests/families.py               # all of them, as a table in Markdown: a minute on one core
     python tests/families.py gpt_neo bert  # these
 """
+import re
 import signal
 import sys
 import traceback
@@ -32,7 +33,7 @@ from search import beam_search, response_search
 C, K, SCALE, NEW = 5, 2, 2.0, 4  # codes, tokens a chunk, alpha, tokens generated
 TOLERANCE = 2e-5  # of the largest logit, in float32
 LOOSE = {"nemotron_h": 1e-3, "zamba2": 1e-3}  # what these compute in a scan and step by step differs by 2e-4
-SECONDS = 30  # for one family
+SECONDS = 30  # of computing, for one family
 
 # A config takes of these what it knows. Windows are shorter than the texts, except where an LM's own cache forgets what
 # its own mask still shows: sparse attention (index_topk) and moshi.
@@ -153,7 +154,7 @@ def _apart(found, wanted):
 
 @torch.no_grad()
 def hold_to_restatement(model, of_generation=TOLERANCE):
-    """Raise AssertionError where `model` differs from `restate` -> why its searches refuse to resume, or None."""
+    """Raise AssertionError where `model` differs from `restate` -> the ValueError of searches that resume, or None."""
     def hold(what, found, wanted, tolerance=TOLERANCE):
         if not _apart(found, wanted) <= tolerance:  # NaN as well
             raise AssertionError(f"{what} differ by {_apart(found, wanted):.1g} of the largest")
@@ -188,7 +189,7 @@ def hold_to_restatement(model, of_generation=TOLERANCE):
     try:
         found = [beam_search(model, trunk, labels, width=2), response_search(model, trunk, labels, rollouts=2)]
     except ValueError as error:
-        return _own_words(error)
+        return error
     for result in found:
         for row, text in enumerate(texts):
             for codes, score in zip(result.rollouts[row], result.log_likelihood[row]):
@@ -196,11 +197,13 @@ def hold_to_restatement(model, of_generation=TOLERANCE):
                 hold("scores of a search", score, log_p[response[row, 7 - len(text) + 1 :]].sum())
 
 
-def _own_words(error):
-    """The sentence of a ValueError that dlr.py or search.py raised; any other goes on."""
+def _in_general(lm, error):
+    """The sentence of a ValueError that dlr.py or search.py raised, without what is this LM's alone; others go on."""
     if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name not in ("dlr.py", "search.py"):
         raise error
-    return str(error)
+    version = f" (transformers {transformers.__version__})"
+    sentence = str(error).replace(version, "").replace(type(lm).__name__, "this LM")
+    return re.sub(r" by \S+, more than rounding \(\S+\)", "", re.sub(r"\w+(Encoder|AudioModel)", r"its \1", sentence))
 
 
 def examine(family):
@@ -213,9 +216,9 @@ def examine(family):
         try:
             model = DLRModel(lm, num_codes=C, chunk_size=K, scale=SCALE).eval()
         except ValueError as error:
-            return "refused", _own_words(error).replace(type(lm).__name__, "this LM")
+            return "refused", _in_general(lm, error)
         refused = hold_to_restatement(model, LOOSE.get(family, TOLERANCE))
-        return "exact", "" if refused is None else refused.replace(type(lm).__name__, "this LM")
+        return "exact", "" if refused is None else _in_general(lm, refused)
     except Exception as error:
         return "FAILED", _first_line(error)
 
@@ -229,18 +232,18 @@ def main():
     def stop(*_):
         raise TooSlow
 
-    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGPROF, stop)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     rows, counts = defaultdict(list), Counter()
     for family in sys.argv[1:] or FAMILIES:
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             result = examine(family)
         except TooSlow:
             result = "skipped", f"takes more than {SECONDS} seconds"
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         rows[result].append(family)
         counts[result[0]] += 1
     print(f"transformers {transformers.__version__}, {date.today()}: {sum(counts.values())} families, "

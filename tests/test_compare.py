@@ -1,5 +1,6 @@
 """compare.py: comparisons of runs against sums done by hand."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,12 +32,23 @@ def rows_of(printed):
     return {line.split()[1]: line.split() for line in printed.splitlines()[1:]}
 
 
+def test_p_values_are_uniform_where_there_is_no_difference():
+    rng = np.random.default_rng(2)
+    p = np.array([compare.difference(*(rng.random((2, 200)) < 0.5))[3] for _ in range(300)])
+    for level in (0.05, 0.2, 0.5):
+        assert abs(np.mean(p <= level) - level) < 3 * (level * (1 - level) / 300) ** 0.5 + 0.02  # answers are discrete
+    worse = rng.random(400) < 0.3
+    better = worse | (rng.random(400) < 0.2)
+    mean, low, high, p = compare.difference(better, worse)
+    assert 0 < low < mean < high and mean == pytest.approx(better.mean() - worse.mean()) and p < 0.001
+
+
 def test_a_run_against_itself_differs_by_exactly_nothing(tmp_path, capsys):
     run = write_run(tmp_path / "a", 0, [1, 0, 1, 1, 0, 0, 1])
     compare.main([run, "--against", run])
     assert rows_of(capsys.readouterr().out)["a"][-5:] == ["+0.0", "[", "+0.0,", "+0.0]", "1.000"]
     values = np.random.default_rng(0).random(50) < 0.5
-    assert evaluation.compare(values, values) == (0.0, 0.0, 0.0, 1.0)
+    assert compare.difference(values, values) == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_seeds_are_joined_and_paired(tmp_path, capsys):
@@ -58,7 +70,7 @@ def test_seeds_are_joined_and_paired(tmp_path, capsys):
     error = (np.mean(one, 1) - np.mean(two, 1)).std(ddof=1) / 3**0.5
     assert f"{100 * error:.1f}" == rows["one"][-2]
     assert "+41.7" in rows["one"] and 100 * difference.mean() == pytest.approx(41.67, abs=0.01)
-    mean, low, high, p = evaluation.compare(np.mean(one, 0), np.mean(two, 0))
+    mean, low, high, p = compare.difference(np.mean(one, 0), np.mean(two, 0))
     assert low >= 0 and high <= 200 / 3 and f"{p:.3f}" == rows["one"][-1]
 
 
@@ -71,8 +83,9 @@ def test_what_cannot_be_compared_is_not(tmp_path, capsys):
     sentences = stopped.value.code.splitlines()
     assert len(sentences) == 1 and "nowhere" in sentences[0] and "not a finished run" in sentences[0]
     rows = rows_of(capsys.readouterr().out)  # the others are there
-    assert rows["three"][-2:] == ["not", "comparable"] and rows["one"][-1] == "1.000"
-    assert rows["two"][-6:] == ["1.000", "on", "3", "of", "4", "questions"]  # what both were asked is the same
+    assert rows["three"][-2:] == ["not", "comparable"]
+    assert rows["one"][-6:] == ["1.000", "asked", "3", "of", "4", "questions"]
+    assert rows["two"][-5:] == ["1.000", "compared", "on", "3", "questions"]  # what both were asked is the same
     with pytest.raises(SystemExit, match="should be one of the runs given, or base"):
         compare.main([one, "--against", "on"])
 
@@ -147,18 +160,80 @@ def test_runs_that_lack_what_is_compared_are_named(tmp_path, capsys):
     assert list(rows) == ["new"] and rows["new"][-2:] == ["not", "comparable"]
 
 
+def rewrite(run, keep):
+    """Put what `keep` makes of a run's answers (condition, prompt, ...) in their place."""
+    path = Path(run, "predictions.jsonl")
+    path.write_text("\n".join(map(json.dumps, keep([json.loads(line) for line in path.read_text().splitlines()]))))
+
+
 def test_only_the_same_questions_are_paired(tmp_path, capsys):
     """A run evaluated on fewer, and other, questions than its base: by question, whatever their order."""
     run = write_run(tmp_path / "a", 0, [1, 1, 0, 1], base=[0, 1, 1, 0])
-    lines = [json.loads(line) for line in (tmp_path / "a" / "predictions.jsonl").read_text().splitlines()]
-    kept = [row for row in lines if row["condition"] == "base" or row["prompt"] in ("3?", "0?")]
-    new = {"condition": "sft", "prompt": "9?", "strict": True, "flexible": True, "cut_off": False, "ids": []}
-    (tmp_path / "a" / "predictions.jsonl").write_text("\n".join(map(json.dumps, [*kept[::-1], new])))
-    compare.main([run, "--against", "base"])
-    row = rows_of(capsys.readouterr().out)["a"]  # questions 0 and 3: right twice, the base on neither
-    assert "+100.0" in row and row[-5:] == ["on", "2", "of", "3", "questions"]
+    new = {"condition": "sft", "prompt": "9?", "strict": False, "flexible": False, "cut_off": False, "ids": []}
+    rewrite(run, lambda rows: [new, *(row for row in rows[::-1] if row["condition"] == "base" or row["prompt"] in
+                                      ("3?", "0?"))])
+    for flags in ([], ["--against", "base"], ["--against", run]):
+        compare.main([run, *flags])
+        base, row = capsys.readouterr().out.splitlines()[1:]
+        assert "50.0 [" in base and "66.7 [" in row  # right on 2 of 4; on 2 of 3
+        assert base.endswith("asked 4 of 5 questions") and row.endswith("asked 3 of 5 questions")
+        if flags:  # questions 0 and 3: right twice, the base on neither
+            assert ("+100.0 [" in row, "-100.0 [" in base) == (flags[1] == "base", flags[1] == run)
+            assert "compared on 2 questions" in (row if flags[1] == "base" else base)
     other = write_run(tmp_path / "b", 0, [1], lr=1)
-    text = (tmp_path / "b" / "predictions.jsonl").read_text().replace("0?", "nothing alike")
-    (tmp_path / "b" / "predictions.jsonl").write_text(text)
+    rewrite(other, lambda rows: [{**rows[0], "prompt": "nothing alike"}])
     compare.main([other, run, "--against", run])
-    assert rows_of(capsys.readouterr().out)["b"][-2:] == ["not", "comparable"]
+    assert "not comparable" in capsys.readouterr().out.splitlines()[2]  # behind the head and the base
+
+
+def test_seeds_are_joined_on_the_questions_that_all_were_asked(tmp_path, capsys):
+    runs = [write_run(tmp_path / f"a-s{s}", s, [1, 1, 0, 0]) for s in range(2)]
+    rewrite(runs[1], lambda rows: rows[::-1])  # the same in another order
+    compare.main([*runs, "--seeds"])
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.split()[2:6] == ["2", "50.0", "[", "0.0,"] and "questions" not in line
+    rewrite(runs[1], lambda rows: [rows[1], rows[3]])
+    compare.main([*runs, "--seeds", "--against", runs[0]])
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.split()[2:4] == ["2", "50.0"] and line.endswith("asked 2 of 4 questions") and "+0.0 [" in line
+    rewrite(runs[1], lambda rows: [{**row, "prompt": "another"} for row in rows])
+    compare.main([*runs, "--seeds", "--against", runs[0]])
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.endswith("not comparable: its seeds share no question")
+
+
+def with_validation(run, nll):
+    path = Path(run, "metrics.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "validation": {"nll": nll}}))
+    return run
+
+
+def test_the_best_of_is_chosen_by_validation_alone(tmp_path, capsys):
+    """Against a naive choice over label and seed; the test answers are the opposite of the validation NLL."""
+    rng, runs, table = np.random.default_rng(0), [], {}
+    for method in ("sft", "lora"):
+        for seed in range(2):
+            for lr in (1e-4, 1e-3, 1e-2):
+                nll = float(rng.random())
+                answers = [int(i / 20 < nll) for i in range(20)]  # the worse in validation, the more are right
+                run = write_run(tmp_path / f"{method}-{lr}-s{seed}", seed, answers, method=method, lr=lr)
+                runs.append(with_validation(run, nll))
+                table[method, seed, lr] = nll
+    compare.main(["--best-of", "lr", "--seeds", "--against", runs[1], *runs])
+    lines, rows = capsys.readouterr().out.split("\n\n")
+    for (method, seed), line in zip([(m, s) for m in ("sft", "lora") for s in range(2)], lines.splitlines()):
+        lr = min((1e-4, 1e-3, 1e-2), key=lambda lr: table[method, seed, lr])
+        assert line.startswith(f"{tmp_path}/{method}-{lr}-s{seed}: lr {lr} of 0.0001 0.001 0.01")
+        assert ("AT THE EDGE" in line) == (lr != 1e-3)
+    rows = rows_of(rows)
+    assert len(rows) == 2 and all(row[2] == "2" for row in rows.values())  # a row a label, of two seeds each
+    strict = [np.mean([int(i / 20 < min(table["sft", seed, lr] for lr in (1e-4, 1e-3, 1e-2))) for i in range(20)])
+              for seed in range(2)]
+    assert float(list(rows.values())[0][3]) == pytest.approx(100 * np.mean(strict), abs=0.06)
+    assert "+0.0" in list(rows.values())[0]  # the run that was named in --against is not kept, but its label is
+    for flags, said in ((["--best-of", "dropout"], "no two of the runs differ"), (["--best-of", "lr", "x"], "x: no two")):
+        with pytest.raises(SystemExit, match=said):
+            compare.main([*runs, *flags])
+    bare = write_run(tmp_path / "bare-s0", 0, [1], lr=5)
+    with pytest.raises(SystemExit, match="has no validation NLL"):
+        compare.main([*runs, bare, "--best-of", "lr"])

@@ -381,9 +381,9 @@ def test_generation_goes_on_from_a_steered_cache_and_from_no_other():
     assert torch.equal(model.generate(half.sequences, mask_of_half, max_new_tokens=5, **{name: half[name]}, **settings),
                        whole)
     half[name].crop(-2)
-    for cache in half[name], model.lm(ids, use_cache=True)[name]:
+    for shortened_or_plain in half[name], model.lm(ids, use_cache=True)[name]:
         with pytest.raises(ValueError, match="without steering, or shortened"):
-            model.generate(half.sequences, mask_of_half, max_new_tokens=2, **{name: cache}, **settings)
+            model.generate(half.sequences, mask_of_half, max_new_tokens=2, **{name: shortened_or_plain}, **settings)
     with pytest.raises(ValueError, match="on the left"):
         model.generate(*pad(texts(), "right"), max_new_tokens=2)
     assert not hooks_of(model)
@@ -657,7 +657,7 @@ def test_a_training_forward_is_the_equation_and_its_gradient(family, checkpointi
     torch.testing.assert_close(average, moved)
     assert_gradients(grads, gradients(model, expected["loss"]))
     assert grads.keys() == {name for name, _ in model.named_parameters()}
-    model(ids, mask, labels=labels)
+    model.loss(out.trunk, labels, found)
     assert torch.equal(model.bigram, average)  # it moves in training only
 
 
@@ -802,7 +802,7 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(policy):
     model, ids, mask, labels = training("llama", policy=policy)
     bigram = model.bigram.clone()
     found = model.search(model.trunk(ids, mask), labels, 3)
-    tokens, parts, likelihood, grads, nll = (labels >= 0).sum(), [], 0, {}, 0
+    tokens, policies, likelihood, nll = (labels >= 0).sum(), 0, 0, 0
     for rows in (slice(1, 2), slice(0, 3, 2)):
         longest = mask[rows].sum(1).max()
         part, own = (ids[rows, :longest], mask[rows, :longest]), labels[rows, :longest]
@@ -815,14 +815,14 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(policy):
         for name in "generalist", "steered", "policy", "prior", "loss":
             torch.testing.assert_close(out[name], share * alone[name])
         likelihood = likelihood + out.generalist + out.steered
-        parts.append(out.policy)
+        policies = policies + out.policy
         nll = nll + model.eval()(*part, labels=own, num_items_in_batch=int(tokens)).loss.item()
         model.train()
     model.bigram.copy_(bigram)
     whole = model.loss(model.trunk(ids, mask), labels, found)
     assert_gradients(gradients(model, likelihood), gradients(model, whole.generalist + whole.steered), rtol=1e-4)
     if policy == "rloo":  # a sum over tokens as well
-        torch.testing.assert_close(sum(parts), whole.policy)
+        torch.testing.assert_close(policies, whole.policy)
     assert nll == pytest.approx(model.eval()(ids, mask, labels=labels).loss.item(), rel=1e-5)
 
 
@@ -883,7 +883,8 @@ def test_saved_equals_loaded(family, model, tmp_path):
 
 def test_a_hub_name_loads_like_a_folder(tmp_path):
     """With every setting, the embeddings still tied, and the precision that is asked for."""
-    model, ids = build("gpt2", rollouts=3, policy="rloo", scale=0.25, layer=1, search_dtype="bfloat16"), texts()[0][None]
+    model = build("gpt2", rollouts=3, policy="rloo", scale=0.25, layer=1, search_dtype="bfloat16")
+    ids = texts()[0][None]
     repo = tmp_path / "models--someone--steered"
     snapshot = repo / "snapshots" / ("0" * 40)
     model.save_pretrained(snapshot)

@@ -148,7 +148,8 @@ def test_what_is_not_a_model_with_its_tokenizer(saved_run, tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     (["1", "--codes", "0,4"], "codes 0 to 3"), (["1", "--swap", "4:0"], "codes 0 to 3"), ([" "], "empty"),
-    (["1", "--codes", "x"], "3,3,1,0"), (["1", "--swap", "1:2:3"], "2:5"), (["1", "--off", "--codes", "1"], "not allowed"),
+    (["1", "--codes", "x"], "3,3,1,0"), (["1", "--swap", "1:2:3"], "2:5"),
+    (["1", "--off", "--codes", "1"], "not allowed"),
     (["1", "--max-new-tokens", "0"], "--max-new-tokens is 0"), (["1", "--device", "abacus"], "abacus")])
 def test_mistakes_get_one_sentence(saved_run, flags, word):
     with pytest.raises(SystemExit) as stopped:

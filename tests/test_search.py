@@ -7,7 +7,7 @@ from math import ceil
 import pytest
 import torch
 from test_dlr import FAMILIES, build, labels_of, pad, texts, without_dropout
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import dlr
 import search
@@ -266,6 +266,16 @@ def test_recurrent_blocks_are_refused():
     assert model.search(trunk, ids, rollouts=2).log_likelihood.isfinite().all()
 
 
+def test_an_lm_that_keeps_nothing_of_what_it_read_is_refused():
+    """GPT-1 takes no cache and says nothing: resumed, a text would begin anew with every chunk."""
+    lm = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=50, n_embd=16, n_layer=4, n_head=2, n_positions=16))
+    model, ids = DLRModel(lm, num_codes=C, chunk_size=K), torch.arange(3, 9)[None]
+    trunk = model.trunk(ids)
+    for searches in response_search, beam_search, exact_search:
+        with pytest.raises(ValueError, match="in pieces .* plain search"):
+            searches(model, trunk, ids)
+
+
 # a response that begins inside a chunk, with a chunk (predicted from the prompt), with the text; and none at all
 PROMPTS = {11: 4, 5: 3, 7: 6, 9: 0, 10: 10}
 
@@ -309,6 +319,7 @@ def test_a_shared_prompt_runs_once(family, prompts):
     """Where prompts have as many chunks, where not, and beside a text that is all prompt."""
     model, tokens, told = small(family, layer=1), [], []
     ids, mask, labels = prompted("right", prompts)
+    search.check_resumable(model)  # tries the LM once: not to be counted
     model.blocks[3].register_forward_hook(lambda block, args, output: tokens.append(tuple(output.shape[:2])))
     model.backbone.register_forward_pre_hook(lambda m, args, kwargs: told.append("attention_mask" in kwargs),
                                              with_kwargs=True)
@@ -349,8 +360,9 @@ def test_a_model_trains_with_another_search(searches):
     model.search = partial(searches, model)
     ids, mask, labels = batch("right")
     out = model(ids, mask, labels=labels)
-    assert (out.found.searched is not None) == (searches is response_search)
-    taught = out.found.codes if searches is not response_search else out.found.codes.masked_fill(~out.found.searched, -1)
+    taught = out.found.codes
+    if searches is response_search:
+        taught = taught.masked_fill(~out.found.searched, -1)
     log_p = model.route(out.trunk).log_softmax(-1).gather(-1, taught.clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(out.policy, -log_p[taught >= 0].mean())  # the router is taught what was searched alone
     steered = -model.log_likelihood(out.trunk, labels, out.found.codes).sum() / (labels >= 0).sum()

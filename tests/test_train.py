@@ -1,4 +1,4 @@
-"""train.py and eval.py through their command lines, on tiny models and sums; and their pieces against other ways."""
+"""train.py through its command line, on tiny models and sums; and its pieces against other ways."""
 import json
 import os
 import signal
@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, modeling_utils
 
 import baselines
-import compare
 import data
 import eval as evaluation
 import train
@@ -142,6 +141,32 @@ def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags
     assert json.loads(Path("run", "metrics.json").read_text()) == json.loads(before)
 
 
+def test_the_hindsight_sentence_averages_the_last_fifth_of_the_looks(tmp_path):
+    def said(lines, *flags):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return train.hindsight_gap(train.parse_args(["--model", "x", "--out", str(tmp_path), *flags]))
+
+    look = lambda off, mean, argmax, best: dict(off_nll=off, mean_nll=mean, argmax_nll=argmax, best_nll=best)
+    early, late = [look(9.0, 9.0, 9.0, 9.0)] * 8, [look(2.0, 1.5, 1.4, 1.0), look(1.0, 0.7, 0.8, 0.6)]
+    between = {"step": 3, "best_nll": 7.0, "mean_nll": 7.0}  # a step that was not looked at
+    sentence = said([*early, late[0], between, late[1]])
+    assert "off 1.5000, rollouts' mean 1.1000, router's argmax 1.1000, best rollout 0.8000" in sentence
+    assert "the router recovers 57% of what the search finds" in sentence  # (1.5 - 1.1) / (1.5 - 0.8)
+    assert "finds nothing yet" in said([look(1.0, 1.0, 1.0, 1.0 - 1e-5)])
+    for flags in (["--codes", "1"], ["--rollouts", "1"], ["--rollouts", "1", "--search", "response"]):
+        assert "nothing was searched" in said(late, *flags)
+    assert "recovers" in said(late, "--rollouts", "1", "--search", "exact")
+
+
+def test_two_runs_that_teach_the_same_base_do_not_disturb_each_other(tmp_path, monkeypatch):
+    args, teach = train.parse_args(["--out", str(tmp_path / "run")]), baselines.teach_tiny
+    first = teach(args, "cpu", most_steps=1)
+    weights = (first / "model.safetensors").read_bytes()
+    monkeypatch.setattr(Path, "is_file", lambda path: False)  # the second one looked before the first was done
+    assert teach(args, "cpu", most_steps=2) == first
+    assert (first / "model.safetensors").read_bytes() == weights and list(tmp_path.iterdir()) == [first]
+
+
 @pytest.mark.parametrize("name", ["response", "rollouts", "beam"])
 def test_a_prompt_that_was_not_searched_is_steered_but_not_imitated(folder, name):
     """With the response search the policy term is the cross-entropy of response chunks alone; otherwise of all."""
@@ -192,7 +217,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkey
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatch, capsys):
+def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatch):
     """Half the data of the default: steering must beat the frozen LM, and only with the router's own codes."""
     done = run("--n", "3840", "--val", "100", "--test", "500", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -208,8 +233,8 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     frozen = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     assert all(torch.equal(taught[name], frozen[name]) for name in taught)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(baselines, "GPT2LMHeadModel", None)  # the base is there: nothing is taught again
     train.main(["--n", "64", "--val", "8", "--test", "8", "--no-freeze", "--out", "runs/along"])
-    assert "teaching" not in capsys.readouterr().err
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "along" / "model").state_dict()
     assert not torch.equal(moved["transformer.wte.weight"], taught["transformer.wte.weight"])
 
@@ -238,6 +263,14 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--model", "tiny", "--data", "mine.jsonl"], "--model tiny only reads arithmetic"),
     (["--model", "tiny", "--data", "arithmetic", "--layer", "2", "--n", "9"], "blocks 0 to 1"),
     (["--resume"], "holds no run to resume"),
+    (["--patience", "3"], "belong together"),
+    (["--evaluate-every", "3"], "belong together"),
+    (["--evaluate-every", "0", "--patience", "3"], "--evaluate-every is 0"),
+    (["--evaluate-every", "3", "--patience", "-1"], "--patience is -1"),
+    (["--evaluate-every", "3", "--patience", "2", "--val", "0"], "--val is 0"),
+    (["--evaluate-every", "3", "--patience", "2", "--n", "27"], "--n 27 leaves none"),
+    (["--max-steps", "0"], "--max-steps is 0"),
+    (["--method", "sft", "--lora-rank", "2"], "--lora-rank is for"),
     (["--shard"], "start it with torchrun"),
 ])
 def test_bad_input_is_answered_in_one_sentence(folder, tmp_path, monkeypatch, flags, said):
@@ -278,25 +311,96 @@ def test_a_run_that_selects_by_rounding_warns(folder, tmp_path, monkeypatch, cap
     assert "by rounding" not in capsys.readouterr().out
 
 
+PATIENT = ["--evaluate-every", "2", "--patience", "3", "--max-steps", "40", "--max-new-tokens", "0", "--test", "4"]
+
+
+def test_patience_stops_on_a_made_up_curve_and_keeps_the_best(folder, tmp_path, monkeypatch):
+    """Looks after steps 2, 4, ..; the best is the third, and three looks later training ends."""
+    monkeypatch.chdir(tmp_path)
+    curve, states = iter([3.0, 2.0, 1.0, 1.5, 1.0, 2.0, 0.1]), []
+
+    def look(args, model, rows):
+        states.append(model.codebook.detach().clone())
+        return next(curve)
+
+    finish, kept = train.finish, {}
+    monkeypatch.setattr(train, "validation_nll", look)
+    monkeypatch.setattr(train, "finish", lambda args, model, *rest: kept.update(model=model, kept=rest[4]))
+    train.main(["--model", str(folder), *SUMS, *PATIENT, "--out", "run"])
+    lines = log_of("run")
+    assert len(lines) == 12 and [line.get("validation_nll") for line in lines[1::2]] == [3.0, 2.0, 1.0, 1.5, 1.0, 2.0]
+    assert not any("validation_nll" in line for line in lines[::2])
+    assert kept["kept"] == {"step": 6, "nll": 1.0}
+    assert torch.equal(kept["model"].codebook, states[2]) and not torch.equal(states[2], states[-1])
+    assert [line["code_lr"] for line in lines] == pytest.approx([1e-2 * min((i + 1) / 10, 1) for i in range(12)])
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "soft", "--lora-rank", "2", "--freeze"]])
+def test_a_patient_run_saves_its_best_state_and_resumes_to_the_bit(folder, tmp_path, monkeypatch, capsys, flags):
+    settings = ["--model", str(folder), *SUMS, "--save-every", "3", *PATIENT, *flags]
+    monkeypatch.chdir(tmp_path)
+    train.main([*settings, "--out", "whole"])
+    metrics = json.loads(Path("whole", "metrics.json").read_text())
+    assert f"after step {metrics['kept']['step']}, the best of those looked at" in capsys.readouterr().out
+    looks = {line["step"] + 1: line["validation_nll"] for line in log_of("whole") if "validation_nll" in line}
+    assert looks[metrics["kept"]["step"]] == metrics["kept"]["nll"] == min(looks.values())
+    assert metrics["validation"]["nll"] == pytest.approx(metrics["kept"]["nll"], rel=1e-5)  # what is saved is the best
+    assert not Path("whole", "best.pt").exists()
+    step, stopped = train.train_step, []
+
+    def killed(*args):
+        if args[6] == 7 and not stopped:  # past a look and a save
+            stopped.append(1)
+            raise RuntimeError("killed")
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train.main([*settings, "--out", "cut"])
+    train.main([*settings, "--out", "cut", "--resume"])
+    assert log_of("cut") == log_of("whole")
+    assert Path("cut", "metrics.json").read_text() == Path("whole", "metrics.json").read_text()
+    states = [DLRModel.from_pretrained(Path(name, "model")).state_dict() for name in ("cut", "whole")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_codes_with_an_adapter(folder, tmp_path, monkeypatch):
+    """The LM learns through the adapter alone; merged, it is an ordinary LM that answers as the unmerged one did."""
+    monkeypatch.chdir(tmp_path)
+    settings = [*SUMS, "--lora-rank", "2", "--lora-layers", "1", "2", "--max-new-tokens", "6"]
+    args = train.parse_args(["--model", str(folder), *settings, "--out", "run"])
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: weight.clone() for name, weight in lm.state_dict().items()}
+    train.dress(args, lm, None, {})
+    model = train.build(args, lm, None, torch.device("cpu"))
+    batch = data.collate(data.encode(data.arithmetic(6), data.arithmetic_tokenizer())[0])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+    for _ in range(3):
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {"codebook", "router.weight"} < moved and all("lora_" in name for name in moved - {"codebook", "router.weight"})
+    ids, mask = data.collate_prompts([[5, 6, 14], [7]])
+    new = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.eval()
+    logits, said = model(**batch).logits, model.generate(ids, mask, **new)
+    baselines.merge_lora(model.lm)
+    torch.testing.assert_close(model(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.generate(ids, mask, **new), said)
+    assert lm.state_dict().keys() == before.keys()
+    changed = {name for name, weight in lm.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed and all(name.startswith(("transformer.h.1.", "transformer.h.2.")) for name in changed)
+    train.main(["--model", str(folder), *settings, "--freeze", "--out", "run"])
+    test = json.loads(Path("run", "metrics.json").read_text())["test"]
+    assert test["base"]["nll"] != test["off"]["nll"]  # the LM moved: the base is another one
+    evaluation.main(["run", "--device", "cpu"])
+    assert json.loads(Path("run", "metrics.json").read_text())["test"] == test
+
+
 def test_a_search_that_is_too_large_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sentence = call(train.main, "--model", folder, *SUMS, "--search", "exact", "--chunk", "1", "--codes", "8")
     assert "prefixes" in sentence
-
-
-def test_eval_compares_runs_in_pairs(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for seed in ("0", "1"):
-        train.main(["--model", str(folder), *SUMS, "--method", "sft", "--seed", seed])
-    runs = [f"runs/little-arithmetic-sft-s{seed}" for seed in (0, 1)]
-    capsys.readouterr()
-    evaluation.main([*runs, "--test", "7"])
-    assert capsys.readouterr().out.count("7 test examples") == 2
-    compare.main([*runs, "--against", runs[0]])
-    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("arithmetic ")}
-    assert list(rows) == ["base", "little-arithmetic-sft-s0", "little-arithmetic-sft-s1"]
-    assert "on 7 of 12 questions" in rows["base"] and "questions" not in rows["little-arithmetic-sft-s1"]
-    assert "not a finished run" in call(evaluation.main, "runs")
 
 
 def test_a_local_file_of_prompts_and_responses(tmp_path, monkeypatch):
@@ -373,19 +477,11 @@ def test_without_network_and_cache_one_sentence_says_what_to_pass(tmp_path):
     assert "--data-dir" in sentence and "--model FOLDER" in sentence
 
 
-def little_model(folder, **settings):
-    model = DLRModel(AutoModelForCausalLM.from_pretrained(folder), **settings).eval()
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.codebook, std=3.0)
-    torch.nn.init.normal_(model.router.weight, std=1.0)
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
 def test_the_sft_loss_is_the_lms_own(folder):
-    model, tokenizer = little_model(folder)
-    batch = data.collate(data.encode(data.arithmetic(6), tokenizer)[0])
-    expected = model.lm(**batch).loss
-    plain = baselines.Unsteered(model.lm)
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    batch = data.collate(data.encode(data.arithmetic(6), AutoTokenizer.from_pretrained(folder))[0])
+    expected = lm(**batch).loss
+    plain = baselines.Unsteered(lm)
     for module in plain.train().modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -408,7 +504,7 @@ def test_accumulated_batches_step_like_one(steady_folder, tmp_path, method):
         lm, tokenizer = train.load_model(args, dict(pretrained_model_name_or_path=steady_folder), "cpu")
         model = train.build(args, lm, None, torch.device("cpu"))
         torch.nn.init.normal_(model.codebook)
-        assert train.train(args, model, data.encode(examples, tokenizer)[0], None, torch.device("cpu"))
+        assert train.train(args, model, data.encode(examples, tokenizer)[0], [], None, torch.device("cpu"))
         weights.append(model.lm.transformer.h[0].mlp.c_fc.weight)
         lines.append(log_of(out)[0])
     before = AutoModelForCausalLM.from_pretrained(steady_folder).transformer.h[0].mlp.c_fc.weight
@@ -482,86 +578,10 @@ def test_two_processes_make_the_steps_of_one_and_resume(steady_folder, tmp_path,
         assert answers[0]["test"][condition]["nll"] == pytest.approx(answers[1]["test"][condition]["nll"], rel=1e-4)
 
 
-def test_batched_answers_equal_single_ones(folder):
-    model, tokenizer = little_model(folder, num_codes=4, chunk_size=3, scale=1.0)
-    examples = data.arithmetic(4, digits=2) + data.arithmetic(5, digits=6)
-    for use in (None, "off"):
-        batched = evaluation.answer(model, tokenizer, examples, use, max_new_tokens=9, batch_size=4)
-        single = evaluation.answer(model, tokenizer, examples, use, max_new_tokens=9, batch_size=1)
-        assert batched[0] == single[0] and torch.equal(batched[1], single[1])
-    assert all(len(row["ids"]) <= 9 for row in batched[0])
-
-
-def test_answers_are_greedy_whatever_the_lm_brings_along(folder):
-    """Generation settings that come with a model, as many do, would otherwise sample, and another answer each time."""
-    model, tokenizer = little_model(folder, num_codes=4, chunk_size=3, scale=1.0)
-    examples = data.arithmetic(4)
-    plain = evaluation.answer(model, tokenizer, examples, max_new_tokens=6, batch_size=4)[0]
-    model.lm.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=5.0)
-    assert evaluation.answer(model, tokenizer, examples, max_new_tokens=6, batch_size=4)[0] == plain
-    for example, found in zip(examples, plain):
-        ids = tokenizer(example.prompt).input_ids
-        for _ in range(6):
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        said = ids[-6:]
-        assert found["ids"] == said[: said.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else 6]
-
-
-def test_auto_takes_the_best_device_there_is(monkeypatch):
-    for cuda, mps, name in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        assert evaluation.choose_device().type == name
-
-
 def test_off_a_terminal_a_run_says_little(folder, tmp_path):
     done = run("--model", folder, *SUMS, "--test", "2", cwd=tmp_path)
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "\r" not in said and "\x1b" not in said and len(said.splitlines()) < 25
-
-
-def test_another_examples_codes_really_steer(folder):
-    model, tokenizer = little_model(folder, num_codes=4, chunk_size=3, scale=1.0)
-    examples = data.arithmetic(6)
-    _, codes = evaluation.answer(model, tokenizer, examples, max_new_tokens=6, batch_size=3)
-    others = evaluation.others_codes(codes)
-    _, used = evaluation.answer(model, tokenizer, examples, others, max_new_tokens=6, batch_size=4)
-    width = min(used.shape[1], others.shape[1])
-    decided = (others[:, :width] >= 0) & (used[:, :width] >= 0)
-    assert decided.any() and torch.equal(used[:, :width][decided], others[:, :width][decided])
-
-
-def test_others_codes_rotate_each_position():
-    codes = torch.tensor([[1, 2, 3], [4, 5, -1], [6, -1, -1]])
-    assert evaluation.others_codes(codes).tolist() == [[6, 5, -1], [1, 2, -1], [4, -1, -1]]
-    table = evaluation.table_intervention(torch.tensor([[7, -1]]))
-    assert table(torch.tensor([[0, 1, 2]])).tolist() == [[7, 1, 2]]
-
-
-def test_response_nll_counts_response_tokens_with_their_end(folder):
-    model, tokenizer = little_model(folder)
-    examples = data.arithmetic(5)
-    nll, tokens = evaluation.response_nll(model, data.encode(examples, tokenizer)[0], batch_size=2)
-    for example, found, count in zip(examples, nll, tokens, strict=True):
-        prompt = tokenizer(example.prompt).input_ids
-        response = tokenizer(example.response).input_ids + [tokenizer.eos_token_id]
-        log_p = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-        total = -sum(log_p[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
-        assert found == pytest.approx(total, rel=1e-4) and count == len(response)
-
-
-def test_intervals():
-    rng = np.random.default_rng(0)
-    values = rng.random(400) < 0.3
-    mean, low, high = evaluation.interval(values)
-    assert mean == values.mean()
-    half = 1.96 * values.std() / 20
-    assert low == pytest.approx(mean - half, abs=0.01) and high == pytest.approx(mean + half, abs=0.01)
-    assert evaluation.interval([True] * 9) == (1.0, 1.0, 1.0)
-    assert evaluation.compare(values, values) == (0.0, 0.0, 0.0, 1.0)
-    better = values | (rng.random(400) < 0.2)
-    mean, low, high, p = evaluation.compare(better, values)
-    assert 0 < low < mean < high and mean == pytest.approx(better.mean() - values.mean()) and p < 0.001
 
 
 def test_the_embedded_settings_give_way_to_flags():
@@ -589,21 +609,3 @@ def test_a_pretrained_gguf_on_real_data(tmp_path):
     again = run("run", script="eval.py", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
     assert again.returncode == 0, again.stderr
     assert sorted((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == sorted(lines)
-
-
-def test_prompts_and_answers_fit_the_context(folder):
-    """A little LM has 64 positions. A prompt is only cut where it fills more than half of them."""
-    model, tokenizer = little_model(folder)
-    examples = data.arithmetic(2, digits=3) + data.arithmetic(1, digits=12) + data.arithmetic(1, digits=30)
-    short, _ = evaluation.answer(model, tokenizer, examples[:3], max_new_tokens=60, batch_size=1)
-    whole = tokenizer(examples[2].prompt).input_ids
-    assert len(whole) == 26 and all(len(row["ids"]) <= 64 - 26 for row in short)
-    expected = model.generate(torch.tensor([whole]), max_new_tokens=38, do_sample=False,
-                              eos_token_id=tokenizer.eos_token_id, pad_token_id=0)[0, 26:].tolist()
-    expected = expected[: expected.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in expected else expected
-    assert short[2]["text"] == tokenizer.decode(expected, skip_special_tokens=True)  # the prompt was not cut
-    prompts, room = evaluation.encode_to_answer(model, tokenizer, examples, 60)
-    whole = tokenizer(examples[3].prompt).input_ids  # 62 tokens: its end stays, where the question is
-    assert prompts[3] == whole[-32:] and prompts[2] == tokenizer(examples[2].prompt).input_ids and room == 32
-    long, _ = evaluation.answer(model, tokenizer, examples, max_new_tokens=60, batch_size=4)
-    assert all(len(row["ids"]) <= 32 for row in long)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from test_dlr import FAMILIES, OTHERS, build, every_family, hooks_of, pad, texts
 from torch import nn
-from transformers import Cache, LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from dlr import DLRModel
