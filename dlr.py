@@ -275,9 +275,9 @@ class DLRModel(nn.Module):
         finally:
             hook.remove()
         shape = (*input_ids.shape, self.codebook.shape[1])
-        if len(captured) != 1 or _hidden(captured[0]).shape != shape:
-            raise RuntimeError(f"Block {self.settings.layer} of {self._named} ran {len(captured)} times in a forward; "
-                               f"it should run once and return a state for each token, {shape}.")
+        if [tuple(_hidden(out).shape) for out in captured] != [shape]:
+            raise RuntimeError(f"Block {self.settings.layer} should run once and return one state for each token, not "
+                               f"{' and '.join(str(tuple(_hidden(out).shape)) for out in captured) or 'nothing'}.")
         others = len(captured[0]) - 1 if isinstance(captured[0], (tuple, list)) else None
         return Trunk(input_ids=input_ids, hidden=_hidden(captured[0]), others=others, **grid)
 
@@ -669,10 +669,10 @@ def find_blocks(lm):
     Raises ValueError for an encoder-decoder, or where there is no such list."""
     if getattr(lm.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(lm).__name__} is an encoder-decoder; DLR steers decoder-only language models.")
-    layers = lm.config.get_text_config().num_hidden_layers
+    layers = getattr(lm.config.get_text_config(), "num_hidden_layers", None)
     names = [name for name, part in lm.named_modules() if isinstance(part, nn.ModuleList) and len(part) == layers]
     if not names:
-        raise ValueError(f"{type(lm).__name__} has no list of {layers} blocks to steer.")
+        raise ValueError(f"{type(lm).__name__} has no list of as many blocks as its config has layers ({layers}).")
     return min(names, key=lambda name: name.count("."))
 
 

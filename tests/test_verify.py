@@ -137,7 +137,7 @@ def put(forward):
 
 DOCTORED = {"a cache in a box": (lose_the_cache, "without the cache"),
             "a skip connection": (put(skipping), "logits without codes differ"),
-            "a loop": (put(looping), "ran 2 times"),
+            "a loop": (put(looping), "should run once"),
             "no padding": (put(unmasked), "differ from those of a plain hook"),
             "another first argument": (put(rotary_first), "cannot be steered: AttributeError: ")}
 
