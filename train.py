@@ -519,7 +519,7 @@ def own_batch(rows, whole, device):
 
 def train_step(args, model, spread, optimizer, rows, chosen, step, look, interrupted, device):
     """One optimiser step on the chosen rows -> what to log. Raises FloatingPointError where the loss is not finite."""
-    began, (rank, world), logged = time.time(), processes(), {}
+    began, world, logged = time.time(), processes()[1], {}
     tokens = torch.tensor(sum(len(rows[i][0]) - max(1, rows[i][1]) for i in chosen), device=device)  # of responses
     size = args.batch_size * world
     for start in range(0, len(chosen), size):
