@@ -4,7 +4,8 @@
                     change the model or the texts, and then they are SFT as well:
     pause           ten learned <pause> tokens follow every prompt, in training as at inference. They give the model
                     more positions to compute in before it answers; nothing is predicted at them, and no loss counts
-                    them. S. Goyal et al., "Think before you speak: Training Language Models With Pause Tokens", ICLR 2024.
+                    them. S. Goyal et al., "Think before you speak: Training Language Models With Pause Tokens", ICLR
+                    2024.
     tokenassorted   A VQ-VAE learns to say a chunk of K tokens in one of C codes. In the training texts a prefix of the
                     reasoning, of random length, is replaced by its codes:
                         <codes> c_1 .. c_m </codes> rest of the reasoning #### answer,    m ~ uniform on 0 .. M
@@ -103,6 +104,7 @@ class Unsteered(DLRModel):
     """An LM without codes, in the place of a `DLRModel`: the loss is the NLL that it has by itself."""
 
     def forward(self, input_ids, attention_mask=None, labels=None, codes=None, num_items_in_batch=None, **kwargs):
+        """-> `Output`, as `DLRModel.forward` with codes of -1; in training without logits."""
         unsteered = torch.full_like(input_ids, -1)  # as many codes as there can be chunks
         if labels is None or not self.training:
             return super().forward(input_ids, attention_mask, labels, unsteered, num_items_in_batch, **kwargs)

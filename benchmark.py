@@ -344,6 +344,7 @@ class Meter:
                        Path("/proc/self/clear_refs").exists())
 
     def memory(self, peak=False):
+        """Bytes in use now, or at most since the peak was reset."""
         if self.gpu is not None:
             return self.gpu.max_memory_allocated() if peak else self.gpu.memory_allocated()
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -8,10 +8,11 @@
     python compare.py --best-of lr code_lr --seeds --against runs/sft-1e-4-s0 runs/{dlr,sft}-{1e-5,1e-4}-s{0..4}
 
 --best-of keeps, of the runs that differ in the named settings only, the one whose validation NLL is best, for each
-seed: the test set has no say in it. A difference, of accuracy or of NLL, is taken example by example, then averaged: a
-bootstrap over examples gives its interval and p value, the spread over seeds its standard error. Runs need not have
-been asked the same: a difference is over the questions that both were, and a row that lacks some of its data set's, or
-is not compared on all, says so.
+seed; the test set has no say in it.
+
+A difference, of accuracy or of NLL, is taken example by example, then averaged: a bootstrap over examples gives its
+interval and p value, the spread over seeds its standard error. Runs need not have been asked the same: a difference is
+over the questions that both were, and a row that lacks some of its data set's, or is not compared on all, says so.
 """
 import argparse
 import json
@@ -165,6 +166,7 @@ def nll_per_token(answers):
 
 
 def with_interval(mean, low, high, form):
+    """A number and its interval as text."""
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 

@@ -717,6 +717,7 @@ class StandIn(nn.Module):
         self.__dict__.update(stood_in_for=module, function=function, ran=False)
 
     def forward(self, *args, **kwargs):
+        """`function`, on whatever the module would get."""
         self.__dict__["ran"] = True
         return self.function(*args, **kwargs)
 

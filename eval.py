@@ -292,7 +292,10 @@ def load_run(run, device="cpu"):
         model = DLRModel.from_pretrained(run / "model", dtype=torch.float32)
     else:
         model = DLRModel(AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32))
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(run / "model"), config
+    model = model.to(device).eval()
+    if model.device.type != "cpu":  # where it was checked when it was loaded
+        model.verify()
+    return model, AutoTokenizer.from_pretrained(run / "model"), config
 
 
 def saved(run):

@@ -162,17 +162,20 @@ def parse_args(argv=None):
     return args
 
 
+def flag(name):
+    """The flag of a setting, as one types it."""
+    return "--" + {"num_codes": "codes", "chunk_size": "chunk"}.get(name, name).replace("_", "-")
+
+
 def check_settings(args):
     """Raises ValueError for a setting that cannot work, before anything is loaded."""
-    names = dict(num_codes="codes", chunk_size="chunk")
     for name in ("num_codes", "chunk_size", "rollouts", "batch_size", "accumulate", "epochs", "save_every",
                  "max_length", "digits", "lora_rank", "look_every", "max_steps", "evaluate_every", "patience"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{names.get(name, name).replace('_', '-')} is {getattr(args, name)}; it must be at "
-                             f"least 1.")
+            raise ValueError(f"{flag(name)} is {getattr(args, name)}; it must be at least 1.")
     for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale", "max_new_tokens"):
         if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
+            raise ValueError(f"{flag(name)} is {getattr(args, name)}; it must not be negative.")
     if (args.patience is None) != (args.evaluate_every is None):
         raise ValueError("--patience and --evaluate-every belong together: how many looks, and how often to look.")
     if args.patience and args.val < 1:
@@ -321,7 +324,7 @@ def prepare_out(args):
         free = {"resume", "overwrite", "device", "save_every", "out", "conditions"}
         changed = [name for name in set(vars(args)) - free if before.get(name) != getattr(args, name)]
         if changed:
-            differs = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in sorted(changed))
+            differs = ", ".join(f"{flag(name)} was {before.get(name)}" for name in sorted(changed))
             raise ValueError(f"--resume needs the settings that {out} began with: {differs}.")
     elif config.is_file():
         raise ValueError(f"{out} holds an unfinished run: pass --resume to go on, or --overwrite to start anew.")
@@ -516,7 +519,7 @@ def own_batch(rows, whole, device):
 
 def train_step(args, model, spread, optimizer, rows, chosen, step, look, interrupted, device):
     """One optimiser step on the chosen rows -> what to log. Raises FloatingPointError where the loss is not finite."""
-    began, (rank, world), logged = time.time(), processes(), {}
+    began, world, logged = time.time(), processes()[1], {}
     tokens = torch.tensor(sum(len(rows[i][0]) - max(1, rows[i][1]) for i in chosen), device=device)  # of responses
     size = args.batch_size * world
     for start in range(0, len(chosen), size):

@@ -165,8 +165,8 @@ def test_every_method_from_command_to_checkpoint_and_back(folder, tmp_path, monk
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     train.main(["--model", str(folder), "--data", "mine.jsonl", "--method", method, "--val", "4", "--test", "6",
-                "--lr", "1e-1" if method == "lora" else "1e-2", "--max-new-tokens", "12", *["--lora-rank", "2"] * (method == "lora"),
-                "--out", "run"])
+                "--lr", "1e-1" if method == "lora" else "1e-2", "--max-new-tokens", "12", "--out", "run",
+                *["--lora-rank", "2"] * (method == "lora")])
     printed = capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert list(metrics["test"]) == ["base", method]

@@ -325,7 +325,7 @@ def test_patience_stops_on_a_made_up_curve_and_keeps_the_best(folder, tmp_path, 
         states.append(model.codebook.detach().clone())
         return next(curve)
 
-    finish, kept = train.finish, {}
+    kept = {}
     monkeypatch.setattr(train, "validation_nll", look)
     monkeypatch.setattr(train, "finish", lambda args, model, *rest: kept.update(model=model, kept=rest[4]))
     train.main(["--model", str(folder), *SUMS, *PATIENT, "--out", "run"])
@@ -380,8 +380,8 @@ def test_codes_with_an_adapter(folder, tmp_path, monkeypatch):
     for _ in range(3):
         model.train()(**batch).loss.backward()
         optimizer.step()
-    moved = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert {"codebook", "router.weight"} < moved and all("lora_" in name for name in moved - {"codebook", "router.weight"})
+    moved, codes = {name for name, p in model.named_parameters() if p.grad is not None}, {"codebook", "router.weight"}
+    assert codes < moved and all("lora_" in name for name in moved - codes)
     ids, mask = data.collate_prompts([[5, 6, 14], [7]])
     new = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
     model.eval()
