@@ -48,6 +48,22 @@ def deprecations(monkeypatch):
     assert not handler.messages, handler.messages
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A local model folder: an untaught GPT-2 with dropout (which a resumed run has to repeat) and its tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    import data
+
+    path = tmp_path_factory.mktemp("models") / "little"
+    torch.manual_seed(0)
+    tokenizer = data.arithmetic_tokenizer()
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=3, n_embd=32, n_head=2, n_positions=64,
+                               bos_token_id=None, eos_token_id=tokenizer.eos_token_id)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     import data

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 import benchmark
 import data
@@ -22,18 +22,6 @@ CONFIGS = {
 TEXTS, LENGTH, ANSWERED = 3, 96, 40
 SHAPE_BY_HAND = ["--hidden", "128", "--layers", "5", "--heads", "4", "--kv-heads", "2", "--intermediate", "352",
                  "--vocab", "900"]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A local model folder: an untaught GPT-2 and its tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "little"
-    torch.manual_seed(0)
-    tokenizer = data.arithmetic_tokenizer()
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=3, n_embd=32, n_head=2, n_positions=64,
-                               bos_token_id=None, eos_token_id=tokenizer.eos_token_id)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def build(config, checkpointing=False, **settings):

@@ -23,18 +23,6 @@ SUMS = ["--data", "arithmetic", "--n", "96", "--val", "8", "--test", "12", "--ba
         "--rollouts", "3", "--scale", "1", "--lr", "1e-3", "--code-lr", "1e-2", "--device", "cpu"]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A local model folder: an untaught GPT-2 with dropout (which a resumed run has to repeat) and its tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "little"
-    torch.manual_seed(0)
-    tokenizer = data.arithmetic_tokenizer()
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=3, n_embd=32, n_head=2, n_positions=64,
-                               bos_token_id=None, eos_token_id=tokenizer.eos_token_id)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 def call(main, *args):
     """main(argv) in this process -> the message it exits with."""
     with pytest.raises(SystemExit) as stopped:
