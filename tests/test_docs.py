@@ -72,7 +72,7 @@ def test_commands_of_the_docstrings_are_taken(name, tmp_path):
 
 
 @pytest.mark.parametrize("block", [
-    "python train.py --no-such-flag", 'run() { python train.py "${@:2}"; }\nfor s in 1 2; do run a --no-such-flag; done',
+    "python train.py --no-such-flag", 'run() { python train.py "${@:2}"; }\nfor s in 1; do run a --no-such-flag; done',
     'F="--n 3 --no-such-flag"\npython train.py $F', "torchrun --nproc_per_node=2 -- train.py --no-such-flag",
     "python no_such_file.py", "python compare.py --against runs/a runs/b", "python analyze.py", "no_such_command"])
 def test_a_wrong_command_is_found(block, tmp_path):
@@ -85,8 +85,8 @@ def test_a_wrong_command_is_found(block, tmp_path):
 def tiny_gpt2(tmp_path, tokenizer, monkeypatch):
     """The name "gpt2" means a tiny model; my.jsonl is there."""
     folder = tmp_path / "tiny"
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=1,
-                               eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2,
+                               bos_token_id=1, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as GPT-2's
     tokenizer.save_pretrained(folder)
     for auto in (AutoModelForCausalLM, AutoTokenizer):
