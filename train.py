@@ -693,6 +693,8 @@ def hindsight_gap(args):
         found = "nothing was searched"
     elif off - best <= 1e-4:
         found = "the search finds nothing yet"
+    elif argmax >= off:
+        found = "the router's own codes are no better than none"
     else:
         found = f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds"
     return (f"Training loss at the end (nats per token): off {off:.4f}, rollouts' mean {mean:.4f}, router's argmax "
