@@ -422,8 +422,9 @@ class DLRModel(nn.Module):
         codes = torch.cat([torch.full_like(codes[:, :1], -1), codes], 1)  # (2, 3, 3), the first sequence unsteered
         try:
             with _eval_mode(self):
-                probe.unit = probe.trunk(ids, mask).hidden.abs().median().float()
-                checks = probe._restated(ids, mask, codes)
+                trunk = probe.trunk(ids, mask)
+                probe.unit = trunk.hidden.abs().median().float()
+                checks = probe._restated(trunk, mask, codes)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{self._named} cannot be steered: {reason.rstrip('.')}.") from error
@@ -435,7 +436,7 @@ class DLRModel(nn.Module):
                                  f"hook by {off:.2g}, more than rounding ({near:.1g}).")
         return self
 
-    def _restated(self, ids, mask, codes):
+    def _restated(self, trunk, mask, codes):
         """What `verify` compares -> [(its name, what this file computes, what a plain hook says)]."""
         def alone(row, codes):  # (T,), (R, M) -> logits (R, T, V), router's logits in each chunk (M, C)
             vectors, states = self.unit * self.codebook[codes] * (codes >= 0)[..., None], []
@@ -453,8 +454,9 @@ class DLRModel(nn.Module):
             finally:
                 handle.remove()
 
-        logits = DLRModel.forward(self, ids, mask, codes=codes).logits  # (2, 3, T, V), whatever a subclass makes of it
-        scores = self.log_likelihood(self.trunk(ids, mask), ids, codes)  # (2, 3)
+        ids = trunk.input_ids
+        logits = self._above(self.lm, trunk, codes).logits.view(2, 3, 6, -1)
+        scores = self.log_likelihood(trunk, ids, codes)  # (2, 3)
         greedy = GenerationConfig(max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1, pad_token_id=0,
                                   output_logits=True, return_dict_in_generate=True)
         said, checks = self.generate(ids, mask, generation_config=greedy), []
