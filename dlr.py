@@ -34,7 +34,7 @@ Needs torch and transformers >= 5 alone: copy this file where you like.
 What it needs of transformers beyond its documented interface (`verify` holds every LM to it, once, when it is wrapped):
 
     the blocks are the shallowest ModuleList with one entry a layer; what owns it is the backbone          find_blocks
-    a block's first argument is h, and so is what it returns, alone or first in a tuple                    Form
+    a block's first argument is h, and so is what it returns, alone or first in a tuple                    _with
     nothing passes from block to block but h, so that blocks can be left out of a forward                  standing_in
     a module asks the blocks it runs for no more than attributes, in whose place another may stand         StandIn
     the LM is its backbone and a head on `last_hidden_state`, token by token                               _head
@@ -110,14 +110,10 @@ class Trunk:
     input_ids: torch.Tensor  # (B, T)
     padding: dict  # what the LM has to be told about padding: nothing, or its mask and position ids
     hidden: torch.Tensor  # (B, T, H), unsteered
-    others: int | None  # how many things a block returns behind h; None: h alone, not in a tuple
+    form: tuple | None  # what a block returns: a tuple of as many things, h in front; None: h alone
     chunk: torch.Tensor  # (B, T) chunk of each token, -1 at padding
     first: torch.Tensor  # (B, M) index of each chunk's first token
     real: torch.Tensor  # (B, M) False where a short text has no such chunk
-
-    def form(self, hidden):
-        """What a block that computes `hidden` returns in this LM."""
-        return hidden if self.others is None else (hidden, *[None] * self.others)
 
 
 @dataclass
@@ -278,8 +274,8 @@ class DLRModel(nn.Module):
         if [tuple(_hidden(out).shape) for out in captured] != [shape]:
             raise RuntimeError(f"Block {self.settings.layer} should run once and return one state for each token, not "
                                f"{' and '.join(str(tuple(_hidden(out).shape)) for out in captured) or 'nothing'}.")
-        others = len(captured[0]) - 1 if isinstance(captured[0], (tuple, list)) else None
-        return Trunk(input_ids=input_ids, hidden=_hidden(captured[0]), others=others, **grid)
+        form = (None,) * len(captured[0]) if isinstance(captured[0], (tuple, list)) else None
+        return Trunk(input_ids=input_ids, hidden=_hidden(captured[0]), form=form, **grid)
 
     def route(self, trunk):
         """(2) -> router logits (B, M, C); the gradient reaches the router alone."""
@@ -559,9 +555,10 @@ class DLRModel(nn.Module):
 
     def from_trunk(self, steered, trunk):
         """A context in which the blocks below the injection do nothing, and the one at it returns `steered()`."""
-        below = {str(i): lambda hidden_states, *args, **kwargs: trunk.form(hidden_states)
+        below = {str(i): lambda hidden_states, *args, **kwargs: _with(hidden_states, trunk.form)
                  for i in range(self.settings.layer)}
-        return standing_in(self.blocks, {**below, str(self.settings.layer): lambda *a, **k: trunk.form(steered())})
+        at = {str(self.settings.layer): lambda *args, **kwargs: _with(steered(), trunk.form)}
+        return standing_in(self.blocks, {**below, **at})
 
     def vectors(self, token_codes, dtype):
         """(1): alpha * e for codes of any shape (...), zero where the code is -1 -> (..., H)."""
@@ -707,7 +704,7 @@ def _hidden(output):
 
 
 def _with(hidden, output):
-    """The output of a block with other states in it."""
+    """An output of a block, or one of its form, with these states in it."""
     return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
 
 

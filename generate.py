@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import AutoTokenizer
 
 from data import Example
@@ -55,6 +56,7 @@ def parse_args(argv=None):
 
 def load(run, device):
     """-> (model, tokenizer). Raises OSError or ValueError for a folder that holds no such model."""
+    transformers.logging.disable_progress_bar()
     folder = Path(run, "model") if Path(run, "model").is_dir() else Path(run)
     if not all(Path(folder, name).is_file() for name in ("dlr_config.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{run} is not a folder with a DLRModel and its tokenizer, as train.py writes them.")
