@@ -44,7 +44,7 @@ import copy
 import inspect
 import json
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -324,7 +324,8 @@ class DLRModel(nn.Module):
     def searching(self, dtype=None):
         """Inside: dropout off, and the precision `dtype` (None: `search_dtype`) whatever autocast there is around."""
         dtype = dtype or getattr(torch, self.settings.search_dtype)
-        with _eval_mode(self.lm), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        low = None if dtype == torch.float32 else dtype
+        with _eval_mode(self.lm), torch.autocast(self.device.type, low, enabled=low is not None):
             yield
 
     def loss(self, trunk, labels, found=None, num_items_in_batch=None):
@@ -480,10 +481,13 @@ class DLRModel(nn.Module):
     def from_pretrained(cls, name, **kwargs):
         """Load what `save_pretrained` wrote, from a folder or the hub; `kwargs` as for `AutoModelForCausalLM`.
 
-        Raises OSError where there is no codebook."""
+        Raises OSError where there is no codebook, ValueError for settings that this version does not know."""
         where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         settings, weights = (cached_file(name, file, **where) for file in ("dlr_config.json", "dlr.safetensors"))
-        model = cls(AutoModelForCausalLM.from_pretrained(name, **kwargs), **json.loads(Path(settings).read_text()))
+        settings = json.loads(Path(settings).read_text())
+        if unknown := set(settings) - {field.name for field in fields(Settings)}:
+            raise ValueError(f"{name} was saved by another version: it has the settings {', '.join(sorted(unknown))}.")
+        model = cls(AutoModelForCausalLM.from_pretrained(name, **kwargs), **settings)
         model.load_state_dict(load_file(weights), strict=False)
         return model.eval()
 

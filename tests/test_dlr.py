@@ -749,6 +749,14 @@ def test_a_setting_out_of_range_gets_one_sentence(name, value, match):
     assert sentence.startswith(f"{name} is {value!r}") and sentence.endswith(".") and "\n" not in sentence
 
 
+def test_settings_of_another_version_are_named(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    path = tmp_path / "dlr_config.json"
+    path.write_text(path.read_text().replace('"scale"', '"loudness"'))
+    with pytest.raises(ValueError, match="another version: it has the settings loudness"):
+        DLRModel.from_pretrained(tmp_path)
+
+
 def test_bad_calls_are_named():
     model, ids = build("llama", chunk_size=2), torch.arange(3, 9)[None]
     for codes in torch.zeros(1, 2, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long):
