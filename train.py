@@ -16,7 +16,8 @@ numbers (and kept), the way a pretrained model arrives; then DLR, with that LM f
 addition with long carry chains. --no-freeze trains the LM along.
 
 Under --out: config.json (settings, versions), log.jsonl (a line a step), metrics.json, predictions.jsonl, model/ (a
-Hugging Face folder; DLRModel.from_pretrained loads it) and, until the run has finished, state.pt to resume from.
+Hugging Face folder; DLRModel.from_pretrained loads it) and, until the run has finished, state.pt to resume from and,
+with --patience, best.pt, the best state so far.
 """
 import argparse
 import copy
@@ -563,6 +564,8 @@ def main(argv=None):
               f"{dropped} too long), {args.model} on {device}, {'LM frozen, ' if args.freeze else ''}{trained:,} "
               f"parameters trained")
         held_out, _, _ = data.encode(texts["validation"], tokenizer, args.max_length)
+        if args.patience and not held_out:
+            raise ValueError(f"no validation prompt leaves room for an answer within --max-length {args.max_length}.")
         kept = train(args, model, rows, held_out, state, device)
         if not kept:
             raise KeyboardInterrupt

@@ -278,6 +278,14 @@ def test_a_limit_that_leaves_no_room_for_answers(folder, tmp_path, monkeypatch):
     assert "--max-length 8;" in call(train.main, "--model", folder, *SUMS, "--max-length", "8")
 
 
+def test_patience_wants_a_validation_text_that_can_be_scored(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load", lambda *args: {"train": data.arithmetic(8), "test": data.arithmetic(2, seed=1),
+                                                     "validation": data.arithmetic(2, digits=9)})
+    flags = ["--evaluate-every", "1", "--patience", "1", "--max-length", "14"]
+    assert "no validation prompt leaves room" in call(train.main, "--model", folder, *SUMS, *flags)
+
+
 def test_an_infinite_loss_names_step_and_batch(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sentence = call(train.main, "--model", folder, *SUMS, "--lr", "1e30")
