@@ -15,6 +15,10 @@
                     Reasoning", ICML 2025 (there chunks have 16 tokens; here they have --chunk, as in DLR).
     lora            W + B A with B A of low rank, on all linear layers of the chosen blocks, with the LM itself frozen:
                     what a few trained numbers can do without any code. E. Hu et al., "LoRA", ICLR 2022.
+    reft            h + U (V h + b) in place of h + alpha e, at the same block, for every token, with the LM frozen: the
+                    intervention without codes, continuous; U and V of rank C have as many numbers as codebook and
+                    router. Z. Wu et al., "ReFT: Representation Finetuning for Language Models", NeurIPS 2024 (there V
+                    has orthonormal rows, and U = V' once V h is subtracted: here both are free).
 
 All changes of text are made in text, with special tokens of the tokenizer: whoever encodes or decodes it needs to know
 nothing of them (`skip_special_tokens=True` drops them). Needs peft for lora, vector-quantize-pytorch for tokenassorted.
@@ -31,11 +35,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import data
 from dlr import DLRModel, Output, find_blocks, targets_of
+from dlr import _hidden as hidden_of, _with as with_hidden
 
 TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
 PAUSE = "<|pause|>"
@@ -141,6 +146,19 @@ def add_lora(lm, rank, layers=None):
         get_peft_model(lm, config)
 
 
+def dropouts(where, p):
+    """The settings of an LM's config that set every dropout in it to `p` -> dict; none for None.
+
+    `where`: arguments of `from_pretrained`. Raises ValueError for an LM without any."""
+    if p is None:
+        return {}
+    config = AutoConfig.from_pretrained(**where).to_dict()
+    found = {name: p for name, value in config.items() if "drop" in name and isinstance(value, (int, float))}
+    if not found:
+        raise ValueError("--dropout: the config of this LM names no dropout.")
+    return found
+
+
 def merge_lora(lm):
     """W <- W + B A, in place: afterwards the LM is an ordinary one again."""
     from peft.tuners.lora import LoraLayer
@@ -149,6 +167,25 @@ def merge_lora(lm):
         if isinstance(part, LoraLayer):
             part.merge()
             lm.set_submodule(name, part.get_base_layer())
+
+
+def add_reft(lm, layer, rank):
+    """h + U (V h + b) at a block's output (None: the middle one's), in place; everything else is frozen.
+
+    U (H, rank) starts at zero, so that at first nothing is changed."""
+    blocks, size = lm.get_submodule(find_blocks(lm)), lm.config.get_text_config().hidden_size
+    block = blocks[len(blocks) // 2 if layer is None else layer]
+    lm.requires_grad_(False)
+    down, up = nn.Linear(size, rank), nn.Linear(rank, size, bias=False)  # V and b, U
+    nn.init.zeros_(up.weight)
+    block.reft = nn.Sequential(down, up).to(lm.device)
+    block.register_forward_hook(lambda block, args, out: with_hidden(hidden_of(out) + block.reft(hidden_of(out)), out))
+
+
+def save_reft(lm, folder):
+    """Beside the LM that was saved in the folder, its intervention."""
+    state = {name: t for name, t in lm.state_dict().items() if ".reft." in name}
+    torch.save(state, Path(folder, "reft.pt"))
 
 
 class ChunkVQ(nn.Module):

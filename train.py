@@ -76,7 +76,7 @@ def parse_args(argv=None):
     group.add_argument("--recipe", default="paper", choices=list(RECIPES), help="ours: " + ", ".join(
         f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["ours"].items()))
     group.add_argument("--model", default="tiny", help="tiny (default), a hub name, a local folder, a .gguf file")
-    group.add_argument("--method", default="dlr", choices=["dlr", "soft", "sft", "pause", "tokenassorted", "lora"],
+    group.add_argument("--method", default="dlr", choices=["dlr", "soft", "sft", "pause", "tokenassorted", "lora", "reft"],
                        help="soft: no search, steered by the router's mixture; sft: no codes; others: baselines.py")
     group.add_argument("--freeze", action=argparse.BooleanOptionalAction, default=False,
                        help="dlr: train codebook and router only (default: train the LM along; tiny: freeze)")
@@ -119,6 +119,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=1e-5, help="peak learning rate of the LM")
     group.add_argument("--code-lr", type=float, default=1e-3, help="peak learning rate of codebook and router")
+    group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
+    group.add_argument("--dropout", type=float, metavar="P", help="in the LM while it is trained (default: its own)")
     group.add_argument("--batch-size", type=int, default=8, help="texts a forward pass (of each process)")
     group.add_argument("--accumulate", type=int, default=1, help="batches an optimiser step")
     group.add_argument("--epochs", type=int, default=1)
@@ -174,9 +176,12 @@ def check_settings(args):
                  "max_length", "digits", "lora_rank", "look_every", "max_steps", "evaluate_every", "patience"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{flag(name)} is {getattr(args, name)}; it must be at least 1.")
-    for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "scale", "max_new_tokens"):
+    for name in ("temperature", "alpha_policy", "alpha_reg", "lr", "code_lr", "weight_decay", "scale",
+                 "max_new_tokens"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"{flag(name)} is {getattr(args, name)}; it must not be negative.")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout is {args.dropout}; it is a probability, from 0 to below 1.")
     if (args.patience is None) != (args.evaluate_every is None):
         raise ValueError("--patience and --evaluate-every belong together: how many looks, and how often to look.")
     if args.patience and args.val < 1:
@@ -239,7 +244,7 @@ def load_model(args, where, device):
     if args.model == "tiny":
         where = dict(pretrained_model_name_or_path=str(baselines.teach_tiny(args, device)))
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    lm = AutoModelForCausalLM.from_pretrained(**where, **baselines.dropouts(where, args.dropout), dtype=torch.float32)
     if "gguf_file" in where:  # transformers refuses to save such an LM: put its weights into an ordinary one
         config = copy.deepcopy(lm.config)
         del config.quantization_config
@@ -257,6 +262,8 @@ def dress(args, lm, tokenizer, splits):
     if args.method == "pause":
         baselines.add_tokens(lm, tokenizer, [baselines.PAUSE])
         texts = {split: baselines.with_pauses(examples) for split, examples in splits.items()}
+    elif args.method == "reft":
+        baselines.add_reft(lm, args.layer, args.num_codes)
     elif args.method == "tokenassorted":
         texts["train"], said = baselines.assort(splits["train"], lm, tokenizer, args.chunk_size, args.num_codes,
                                                  args.seed)
@@ -432,7 +439,8 @@ def optimise(args, model, steps):
     codes = [p for p in (model.codebook, model.router.weight) if p.requires_grad]
     groups = [{"name": "lr", "params": [p for p in model.lm.parameters() if p.requires_grad], "lr": args.lr},
               {"name": "code_lr", "params": codes, "lr": args.code_lr}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=args.weight_decay,
+                                  fused=True)
     warmup = 10 if args.patience else max(1, steps // 20)
     falling = lambda step: 1 if args.patience else (steps - step) / max(1, steps - warmup)
     return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / warmup, falling(step), 1)), warmup
@@ -658,6 +666,8 @@ def finish(args, model, tokenizer, splits, texts, held_out, kept, where, device)
     if rank == 0:
         folder = Path(args.out, "model")
         (model if args.method in ROUTED else model.lm).save_pretrained(folder)
+        if args.method == "reft":
+            baselines.save_reft(model.lm, folder)
         tokenizer.save_pretrained(folder)
     settings = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, batch_size=args.eval_batch_size)
     model.eval()
