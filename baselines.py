@@ -39,8 +39,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import data
-from dlr import DLRModel, Output, find_blocks, targets_of
-from dlr import _hidden as hidden_of, _with as with_hidden
+from dlr import DLRModel, Output, find_blocks, hidden_of, targets_of, with_hidden
 
 TINY_HELD_OUT = 5000  # sums that the tiny LM is never taught
 PAUSE = "<|pause|>"
@@ -183,9 +182,18 @@ def add_reft(lm, layer, rank):
 
 
 def save_reft(lm, folder):
-    """Beside the LM that was saved in the folder, its intervention."""
-    state = {name: t for name, t in lm.state_dict().items() if ".reft." in name}
-    torch.save(state, Path(folder, "reft.pt"))
+    """Save the LM as it was before `add_reft`, and its intervention beside it: from_pretrained could not place it."""
+    lm.save_pretrained(folder, state_dict={name: t for name, t in lm.state_dict().items() if ".reft." not in name})
+    (name, block), = [(name, part) for name, part in lm.named_modules() if hasattr(part, "reft")]
+    torch.save({"layer": int(name.rpartition(".")[2]), "state": block.reft.state_dict()}, Path(folder, "reft.pt"))
+
+
+def load_reft(lm, folder):
+    """Put the intervention that lies in the folder, if there is one, into the LM that was loaded from it, in place."""
+    if Path(folder, "reft.pt").is_file():
+        saved = torch.load(Path(folder, "reft.pt"), map_location=lm.device, weights_only=True)
+        add_reft(lm, saved["layer"], len(saved["state"]["0.bias"]))
+        lm.get_submodule(find_blocks(lm))[saved["layer"]].reft.load_state_dict(saved["state"])
 
 
 class ChunkVQ(nn.Module):

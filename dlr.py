@@ -263,7 +263,7 @@ class DLRModel(nn.Module):
         """Run the blocks up to the injection layer -> `Trunk`, from which `route`, `search` and `loss` go on."""
         grid, captured = self._grid(input_ids, attention_mask), []
         hook = self.blocks[self.settings.layer].register_forward_hook(lambda block, args, out: captured.append(out))
-        above = {str(i): lambda hidden_states, *args, **kwargs: _with(hidden_states, captured[0])
+        above = {str(i): lambda hidden_states, *args, **kwargs: with_hidden(hidden_states, captured[0])
                  for i in range(self.settings.layer + 1, len(self.blocks))}
         try:
             with standing_in(self.blocks, above):
@@ -271,11 +271,11 @@ class DLRModel(nn.Module):
         finally:
             hook.remove()
         shape = (*input_ids.shape, self.codebook.shape[1])
-        if [tuple(_hidden(out).shape) for out in captured] != [shape]:
+        if [tuple(hidden_of(out).shape) for out in captured] != [shape]:
             raise RuntimeError(f"Block {self.settings.layer} should run once and return one state for each token, not "
-                               f"{' and '.join(str(tuple(_hidden(out).shape)) for out in captured) or 'nothing'}.")
+                               f"{' and '.join(str(tuple(hidden_of(out).shape)) for out in captured) or 'nothing'}.")
         form = (None,) * len(captured[0]) if isinstance(captured[0], (tuple, list)) else None
-        return Trunk(input_ids=input_ids, hidden=_hidden(captured[0]), form=form, **grid)
+        return Trunk(input_ids=input_ids, hidden=hidden_of(captured[0]), form=form, **grid)
 
     def route(self, trunk):
         """(2) -> router logits (B, M, C); the gradient reaches the router alone."""
@@ -559,9 +559,9 @@ class DLRModel(nn.Module):
 
     def from_trunk(self, steered, trunk):
         """A context in which the blocks below the injection do nothing, and the one at it returns `steered()`."""
-        below = {str(i): lambda hidden_states, *args, **kwargs: _with(hidden_states, trunk.form)
+        below = {str(i): lambda hidden_states, *args, **kwargs: with_hidden(hidden_states, trunk.form)
                  for i in range(self.settings.layer)}
-        at = {str(self.settings.layer): lambda *args, **kwargs: _with(steered(), trunk.form)}
+        at = {str(self.settings.layer): lambda *args, **kwargs: with_hidden(steered(), trunk.form)}
         return standing_in(self.blocks, {**below, **at})
 
     def vectors(self, token_codes, dtype):
@@ -606,12 +606,12 @@ class DLRModel(nn.Module):
                 raise ValueError("This cache was filled without steering, or shortened since: generate from the text.")
 
         def steer(block, args, output):
-            hidden, start, end = _hidden(output), call["start"], call["start"] + _hidden(output).shape[1]
+            hidden, start, end = hidden_of(output), call["start"], call["start"] + hidden_of(output).shape[1]
             if start != call["end"] if call["cached"] else end <= call["end"]:
                 raise RuntimeError(f"{named} decodes {hidden.shape[1]} tokens without the cache of those before.")
             token_codes, call["grid"] = self._extend(call["grid"], hidden, start, pads)
             call.update(end=end, steered=True)
-            return _with(hidden + self.vectors(token_codes, hidden.dtype), output)
+            return with_hidden(hidden + self.vectors(token_codes, hidden.dtype), output)
 
         def after(backbone, args, output):
             if not call["steered"]:
@@ -703,11 +703,11 @@ def _put_in_tied(model, state, prefix, *args):
         state.setdefault(prefix + name, model.get_parameter(name))
 
 
-def _hidden(output):
+def hidden_of(output):
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def _with(hidden, output):
+def with_hidden(hidden, output):
     """An output of a block, or one of its form, with these states in it."""
     return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
 

@@ -291,7 +291,9 @@ def load_run(run, device="cpu"):
     if (run / "model" / "dlr_config.json").is_file():
         model = DLRModel.from_pretrained(run / "model", dtype=torch.float32)
     else:
-        model = DLRModel(AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32))
+        lm = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+        baselines.load_reft(lm, run / "model")
+        model = DLRModel(lm)
     model = model.to(device).eval()
     if model.device.type != "cpu":  # where it was checked when it was loaded
         model.verify()

@@ -665,9 +665,10 @@ def finish(args, model, tokenizer, splits, texts, held_out, kept, where, device)
         baselines.merge_lora(model.lm)
     if rank == 0:
         folder = Path(args.out, "model")
-        (model if args.method in ROUTED else model.lm).save_pretrained(folder)
         if args.method == "reft":
             baselines.save_reft(model.lm, folder)
+        else:
+            (model if args.method in ROUTED else model.lm).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     settings = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, batch_size=args.eval_batch_size)
     model.eval()

@@ -151,6 +151,39 @@ def test_lora_trains_its_adapters_and_merges_to_the_same_function(layers):
     assert len(changed) == len(shapes) and all(layers is None or f".layers.{layers[0]}." in name for name in changed)
 
 
+@pytest.mark.parametrize("layer", [None, 0])
+def test_reft_adds_what_it_says_at_one_block_and_trains_nothing_else(layer):
+    """Against the equation, h + U (V h + b), with a stand-in for the block; the two ways through the LM agree."""
+    lm, ids = llama(), torch.randint(64, (2, 9))
+    before, block = lm(ids).logits, 1 if layer is None else layer
+    baselines.add_reft(lm, layer, 3)
+    torch.testing.assert_close(lm(ids).logits, before)
+    trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == 2 * 3 * 32 + 3
+    for p in trained.values():
+        torch.nn.init.normal_(p)
+    (U,), (V,), (b,) = ([p for p in trained.values() if p.shape == shape] for shape in ((32, 3), (3, 32), (3,)))
+    plain = llama()
+    plain.model.layers[block].register_forward_hook(lambda part, args, h: h + torch.einsum(
+        "hr,btr->bth", U, torch.einsum("rh,bth->btr", V, h) + b))
+    expected = plain(ids).logits
+    torch.testing.assert_close(lm(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    assert (expected - before).abs().max() > 0.1
+    loss = baselines.Unsteered(lm).train()(ids, labels=ids).loss
+    torch.testing.assert_close(loss, lm(ids, labels=ids).loss, atol=1e-5, rtol=1e-4)
+    loss.backward()
+    assert all((p.grad is not None) == (name in trained) for name, p in lm.named_parameters())
+
+
+def test_dropout_is_set_wherever_the_config_names_one(folder):
+    where = dict(pretrained_model_name_or_path=str(folder))
+    lm = AutoModelForCausalLM.from_pretrained(**where, **baselines.dropouts(where, 0.25))
+    found = {part.p for part in lm.modules() if isinstance(part, torch.nn.Dropout)}
+    assert found == {0.25} and baselines.dropouts(where, None) == {}
+    ids = torch.arange(9)[None]
+    assert not torch.equal(lm.train()(ids).logits, lm(ids).logits) and torch.equal(lm.eval()(ids).logits, lm(ids).logits)
+
+
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for method, package in (("lora", "peft"), ("tokenassorted", "vector-quantize-pytorch")):
@@ -159,23 +192,24 @@ def test_a_missing_library_is_named(monkeypatch):
     baselines.check_packages("sft")
 
 
-@pytest.mark.parametrize("method", ["pause", "tokenassorted", "lora"])
+@pytest.mark.parametrize("method", ["pause", "tokenassorted", "lora", "reft"])
 def test_every_method_from_command_to_checkpoint_and_back(folder, tmp_path, monkeypatch, capsys, method):
     rows = [{"prompt": e.prompt, "response": e.response} for e in reasoned(80)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     train.main(["--model", str(folder), "--data", "mine.jsonl", "--method", method, "--val", "4", "--test", "6",
-                "--lr", "1e-1" if method == "lora" else "1e-2", "--max-new-tokens", "12", "--out", "run",
-                *["--lora-rank", "2"] * (method == "lora")])
+                "--lr", "1e-1" if method in ("lora", "reft") else "1e-2", "--max-new-tokens", "12", "--out", "run",
+                *["--lora-rank", "2"] * (method == "lora"), *["--codes", "8"] * (method == "reft")])
     printed = capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert list(metrics["test"]) == ["base", method]
     gain = metrics["test"]["base"]["nll"] - metrics["test"][method]["nll"]
-    assert gain > (0.05 if method == "lora" else 0.3)  # adapters cannot raise an untaught head's tiny logits far
+    assert gain > (0.05 if method in ("lora", "reft") else 0.3)  # adapters cannot raise an untaught head's tiny logits far
     lm = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
     # lora: rank 2, two blocks, each with attention 32 -> 96 and 32 -> 32, MLP 32 -> 128 -> 32
     adapters = 2 * 2 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
-    trained = {"pause": lm + 32, "tokenassorted": lm + 34 * 32, "lora": adapters}
+    trained = {"pause": lm + 32, "tokenassorted": lm + 34 * 32, "lora": adapters,
+               "reft": 2 * 8 * 32 + 8}
     assert f" {trained[method]:,} parameters trained" in printed
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     own = [json.loads(line) for line in lines if json.loads(line)["condition"] == method]
