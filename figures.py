@@ -3,6 +3,7 @@
     python figures.py runs/tiny-arithmetic-dlr-s0 --out figures     # curves, usage, interventions, purity, topics
     python figures.py runs/tiny-arithmetic-dlr-s0 --show 3 --html codes.html   # answers in colours of codes
     python figures.py --method --out figures                        # how the method works: no run is needed
+    python figures.py runs/n*-s2* --against sft --out figures       # who wins at which n, of runs named nN-METHOD-sSEED
 
 --out draws what `python analyze.py RUN` found, beside the curves of the training log. --show and --html read the
 answers that train.py or eval.py last saved.
@@ -12,13 +13,16 @@ import html
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from scipy.stats import t as student
 from transformers import AutoConfig, AutoTokenizer
 
+from compare import paired, saved_result
 from eval import encode_to_answer, read_config
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # colour-blind-safe (Okabe, Ito)
@@ -299,6 +303,82 @@ def method(folder):
     figure.savefig(Path(folder, "method.png"), dpi=150)
 
 
+def over_n(runs, against):
+    """Finished runs nN-METHOD-sSEED -> {METHOD: {N: (mean, s.e., p) of strict accuracy, the same of NLL}}.
+
+    Each is the difference to the method `against`, paired over test examples and seeds; p is that of a t test over
+    seeds, after Holm's correction for looking at so many methods at this N. Raises ValueError where runs lack."""
+    rows = {}
+    for result in map(saved_result, runs):
+        found = re.fullmatch(r"n(\d+)-(.+)-s\d+", Path(result.run).name)
+        if not found:
+            raise ValueError(f"{result.run} is not named nN-METHOD-sSEED, so it has no place on the map.")
+        rows.setdefault(int(found[1]), {}).setdefault(found[2], []).append((result, result.main))
+    table = {}
+    for n, methods in sorted(rows.items()):
+        if against not in methods:
+            raise ValueError(f"there is no run n{n}-{against}-s* to compare with.")
+        others = [name for name in methods if name != against]
+        for by in ("strict", "nll"):
+            found = {name: paired(methods[name], methods[against], by) for name in others}
+            means = {name: (one[0], one[4], len(methods[name])) for name, one in found.items() if one}
+            raw = {name: 2 * student.sf(abs(mean / error), seeds - 1) for name, (mean, error, seeds) in means.items()}
+            order, p = sorted(raw, key=raw.get), 0.0
+            for i, name in enumerate(order):
+                p = max(p, min(1.0, (len(order) - i) * raw[name]))
+                table.setdefault(name, {}).setdefault(n, {})[by] = (*means[name][:2], p)
+    return table
+
+
+def as_markdown(table):
+    """The table of `over_n` as text: points, NLL; * where Holm's p is below .05."""
+    ns = sorted({n for row in table.values() for n in row})
+
+    def cell(by, scale, form, row):
+        if by not in row:
+            return ""
+        mean, error, p = row[by]
+        return f"{scale * mean:+{form}} ± {scale * error:{form}}{'*' if p < 0.05 else ''}"
+
+    lines = ["| " + " | ".join(["", *(f"n = {n}, points | NLL" for n in ns)]) + " |", "|---" * (2 * len(ns) + 1) + "|"]
+    for name, row in table.items():
+        cells = [cell(*look, row.get(n, {})) for n in ns for look in (("strict", 100, ".1f"), ("nll", 1, ".4f"))]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def draw_map(figure, table, against):
+    """A panel a method: points more than `against`, by the number of training examples, with a band of one s.e."""
+    columns = min(5, len(table))
+    figure.set_size_inches(2.1 * columns + 0.6, 2.1 * -(-len(table) // columns) + 0.6)
+    panels = figure.subplots(-(-len(table) // columns), columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, (name, row) in zip(panels, table.items()):
+        n, (mean, error) = list(row), 100 * np.array([one["strict"][:2] for one in row.values()]).T
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.fill_between(n, mean - error, mean + error, color=BLUE, alpha=0.25)
+        axes.plot(n, mean, "o-", color=BLUE)
+        axes.set(xscale="log", xticks=n, title=name)
+        axes.set_xticks(n, n)
+        axes.minorticks_off()
+    for axes in panels[len(table):]:
+        axes.axis("off")
+    figure.supxlabel("training examples")
+    figure.supylabel(f"points more than {against}")
+
+
+def map_of_little_data(runs, against, folder):
+    """Print how the methods differ from `against` at each n, and draw it as `little_data.png` into `folder`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    table = over_n(runs, against)
+    print(as_markdown(table))
+    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(layout="constrained")
+        draw_map(figure, table, against)
+        figure.savefig(Path(folder, "little_data.png"), dpi=150)
+
+
 def saved_analysis(run):
     """What analyze.py found in a run -> dict. Raises OSError or ValueError where that is missing."""
     read_config(run)
@@ -330,14 +410,15 @@ def parse_args(argv=None):
     parser.error = lambda message: sys.exit(f"figures.py: {message}; see --help.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folder(s) written by train.py, with codes")
     parser.add_argument("--method", action="store_true", help="draw how the method works, for which --out is enough")
+    parser.add_argument("--against", metavar="METHOD", help="draw how runs nN-METHOD-sSEED differ from this METHOD")
     parser.add_argument("--out", metavar="DIR", help="draw PNGs (with several runs: in DIR/<name of the run>)")
     parser.add_argument("--show", type=int, metavar="N", help="print the first N answers in the colours of their codes")
     parser.add_argument("--html", metavar="FILE", help="the same as a page (N: 20 without --show)")
     args = parser.parse_args(argv)
     if args.show is not None and args.show < 1:
         parser.error(f"--show is {args.show}, it must be at least 1")
-    if args.method and not args.out:
-        parser.error("--method wants a folder to draw into: --out DIR")
+    if (args.method or args.against) and not args.out:
+        parser.error("--method and --against want a folder to draw into: --out DIR")
     if not (args.runs or args.method):
         parser.error("no RUN is given, the folder of a run")
     if not (args.out or args.show or args.html):
@@ -350,6 +431,12 @@ def main(argv=None):
     if args.method:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         method(args.out)
+    if args.against:
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            return map_of_little_data(args.runs, args.against, args.out)
+        except (OSError, ValueError) as error:
+            sys.exit(f"figures.py: {error}")
     for run in args.runs:
         try:
             if args.show or args.html:

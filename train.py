@@ -76,7 +76,7 @@ def parse_args(argv=None):
     group.add_argument("--recipe", default="paper", choices=list(RECIPES), help="ours: " + ", ".join(
         f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["ours"].items()))
     group.add_argument("--model", default="tiny", help="tiny (default), a hub name, a local folder, a .gguf file")
-    group.add_argument("--method", default="dlr", choices=["dlr", "soft", "sft", "pause", "tokenassorted", "lora", "reft"],
+    group.add_argument("--method", default="dlr", choices=[*ROUTED, "sft", "pause", "tokenassorted", "lora", "reft"],
                        help="soft: no search, steered by the router's mixture; sft: no codes; others: baselines.py")
     group.add_argument("--freeze", action=argparse.BooleanOptionalAction, default=False,
                        help="dlr: train codebook and router only (default: train the LM along; tiny: freeze)")

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from scipy.stats import ttest_rel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -154,6 +155,50 @@ def test_the_method_is_drawn_without_a_run(tmp_path, capsys):
     assert len(tinted) >= 6  # text and bars of three chunks, each in the colour of its code
 
 
+def answered(folder, name, n, right, nats):
+    """A finished run of SFT as the map reads it: who was right (40,), nats of each answer (40,)."""
+    run = folder / name
+    (run / "model").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"data": "arithmetic", "method": "sft", "seed": int(name[-1]), "n": n}))
+    (run / "metrics.json").write_text('{"test": {}}')
+    rows = [{"condition": "sft", "prompt": f"{i}", "strict": bool(r), "flexible": bool(r), "nll": (float(v), 2)}
+            for i, (r, v) in enumerate(zip(right, nats))]
+    (run / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(run)
+
+
+def test_the_map_is_the_paired_difference_and_holms_p(tmp_path, capsys):
+    """Against the t test of scipy over seeds, and Holm's rule written out."""
+    rng, names, runs, share, nats = np.random.default_rng(0), ("sft", "far", "near", "same"), [], {}, {}
+    for n in (16, 64):
+        for name, chance in zip(names, (0.5, 0.95, 0.7, 0.5)):
+            for seed in range(5):
+                right, v = rng.random(40) < chance, rng.random(40)
+                runs.append(answered(tmp_path, f"n{n}-{name}-s{seed}", n, right, v))
+                share.setdefault((n, name), []).append(right.mean())
+                nats.setdefault((n, name), []).append(v.sum() / 80)
+    table = figures.over_n(runs, "sft")
+    assert set(table) == set(names[1:])
+    for n in (16, 64):
+        for values, by in ((share, "strict"), (nats, "nll")):
+            p = {name: ttest_rel(values[n, name], values[n, "sft"]).pvalue for name in names[1:]}
+            first, second, third = sorted(p, key=p.get)
+            holm = {first: min(1, 3 * p[first])}
+            holm[second] = max(holm[first], min(1, 2 * p[second]))
+            holm[third] = max(holm[second], p[third])
+            for name in names[1:]:
+                gain = np.subtract(values[n, name], values[n, "sft"])
+                expected = gain.mean(), gain.std(ddof=1) / 5**0.5, holm[name]
+                np.testing.assert_allclose(table[name][n][by], expected, rtol=1e-6)
+    figures.main([*runs, "--against", "sft", "--out", str(tmp_path / "drawn")])
+    printed = capsys.readouterr().out
+    assert f"{100 * table['far'][16]['strict'][0]:+.1f} ± " in printed and "*" in printed
+    assert imread(tmp_path / "drawn" / "little_data.png")[..., :3].std() > 0.02
+    for wrong, against, word in ((runs[:1], "dlr", "n16-dlr"), ([*runs, str(tmp_path)], "sft", "finished")):
+        with pytest.raises(SystemExit, match=word):
+            figures.main([*wrong, "--against", against, "--out", str(tmp_path / "drawn")])
+
+
 def test_what_is_left_out_is_named(analysed, tmp_path, capsys):
     found = figures.saved_analysis(analysed)
     for row in found["interventions"].values():
@@ -179,7 +224,8 @@ def test_a_run_that_lacks_something_is_told_what_to_do(analysed, tmp_path, capsy
 
 @pytest.mark.parametrize("flags, word", [(["run"], "--out DIR"), (["run", "--show", "0"], "--show is 0"), ([], "RUN"),
                                          (["run", "--plots", "x"], "--plots"),
-                                         (["--method"], "--out DIR"), (["--out", "x"], "RUN")])
+                                         (["--method"], "--out DIR"), (["--out", "x"], "RUN"),
+                                         (["run", "--against", "sft"], "--out DIR")])
 def test_mistakes_get_one_sentence(flags, word):
     with pytest.raises(SystemExit) as stopped:
         figures.main(flags)
