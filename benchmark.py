@@ -103,7 +103,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.peak = args.peak or PEAK["bfloat16" if args.table else args.dtype]
     # what train.py's helpers read besides, to find or teach a model
-    return argparse.Namespace(**{**vars(train.parse_args(["--model", args.model])), **vars(args),
+    return argparse.Namespace(**{**vars(train.parse_args(["--model", args.model, "--recipe", "paper"])), **vars(args),
                                  "max_length": args.length, "out": "runs/benchmark"})
 
 

@@ -35,6 +35,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -49,6 +50,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import baselines
 import data
 import search
+from compare import difference
 from dlr import DLRModel, Settings, typical_norm
 from eval import (CONDITIONS, ROUTED, choose_device, conditions_of, evaluate, gathered, processes, response_nll, table,
                   write_results)
@@ -56,9 +58,13 @@ from eval import (CONDITIONS, ROUTED, choose_device, conditions_of, evaluate, ga
 # What --model tiny means unless a flag says otherwise. Found on validation sums; a real LM wants the other defaults.
 EMBEDDED = dict(n=7680, val=500, test=1000, num_codes=8, chunk_size=1, layer=0, scale=1.0, rollouts=4, code_lr=1e-1,
                 lr=1e-4, batch_size=64, eval_batch_size=500)
-# What --recipe means unless a flag says otherwise: "paper" are the defaults.
-RECIPES = {"paper": {}, "ours": dict(policy="rloo", alpha_policy=2.0, update_on="argmax", router_norm="rms",
-                                    scale_units="hidden")}
+# What --recipe means unless a flag says otherwise: "paper" are the defaults of dlr.py and of the flags below.
+RECIPES = {
+    # The paper's method, with alpha in units of h, rates found on validation (RESULTS.md), and an end that it finds.
+    "tuned": dict(scale_units="hidden", router_norm="rms", scale=1.0, lr=1e-4, code_lr=3e-3, epochs=20,
+                  evaluate_every=8, patience=4),
+    "paper": {},
+    "ours": dict(policy="rloo", alpha_policy=2.0, update_on="argmax", router_norm="rms", scale_units="hidden")}
 # States are kept whole, whoever holds which part of them, and without what is not trained.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 ROUNDING = ("Warning, step {step}: the rollouts' log-likelihoods lie {spread:.2g} nats apart, and scoring them again "
@@ -73,8 +79,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message}; see --help.")  # one sentence, not a page of usage
     group = parser.add_argument_group("model and method")
-    group.add_argument("--recipe", default="paper", choices=list(RECIPES), help="ours: " + ", ".join(
-        f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["ours"].items()))
+    spelled = {name: " ".join(f"{flag(key)} {value}" for key, value in own.items()) for name, own in RECIPES.items()}
+    group.add_argument("--recipe", default="tuned", choices=list(RECIPES), help=f"tuned (default; tiny has its own): "
+                       f"{spelled['tuned']}; paper: the paper's numbers, one epoch; ours: {spelled['ours']}")
     group.add_argument("--model", default="tiny", help="tiny (default), a hub name, a local folder, a .gguf file")
     group.add_argument("--method", default="dlr", choices=[*ROUTED, "sft", "pause", "tokenassorted", "lora", "reft"],
                        help="soft: no search, steered by the router's mixture; sft: no codes; others: baselines.py")
@@ -152,7 +159,8 @@ def parse_args(argv=None):
     first_look = parser.parse_known_args(argv)[0]
     if first_look.model == "tiny":
         parser.set_defaults(**EMBEDDED, freeze=first_look.method in ROUTED)
-    parser.set_defaults(**RECIPES[first_look.recipe])
+    if not (first_look.model == "tiny" and first_look.recipe == "tuned"):
+        parser.set_defaults(**RECIPES[first_look.recipe])
     args = parser.parse_args(argv)
     if args.method == "lora":
         args.lora_rank = args.lora_rank or 8
@@ -185,7 +193,8 @@ def check_settings(args):
     if (args.patience is None) != (args.evaluate_every is None):
         raise ValueError("--patience and --evaluate-every belong together: how many looks, and how often to look.")
     if args.patience and args.val < 1:
-        raise ValueError(f"--patience looks at validation examples, and --val is {args.val}.")
+        raise ValueError(f"--patience looks at validation examples, and --val is {args.val} (--recipe paper makes one "
+                         f"epoch and does not look).")
     if args.lora_rank and args.method not in (*ROUTED, "lora"):
         raise ValueError(f"--lora-rank is for --method {', '.join(ROUTED)} and lora, not for {args.method}.")
     if args.freeze and args.method not in ROUTED:
@@ -463,7 +472,10 @@ def train(args, model, rows, held_out, state, device):
     log_path = Path(args.out, "log.jsonl") if rank == 0 else Path(os.devnull)
     lines = log_path.read_text().splitlines()[:first] if log_path.is_file() else []  # steps after the state are redone
     log_path.write_text("".join(line + "\n" for line in lines))
-    interrupted, warned, said = [], False, time.time()
+    looks = (f"; every {args.evaluate_every} a look at {len(held_out)} validation texts, and an end after "
+             f"{args.patience} looks without a better one") if args.patience else ""
+    print(f"{'At most ' * bool(looks)}{steps} steps of {min(per_step, len(rows))} texts{looks}.", flush=True)
+    interrupted, warned, said, began = [], False, time.time(), None
     handlers = {sig: signal.signal(sig, lambda *_: interrupted.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
     model.train()
     try:
@@ -486,6 +498,11 @@ def train(args, model, rows, held_out, state, device):
                 shown = {name: f"{line[name]:.3g}" for name in SHOWN if name in line}
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
+                if step == first:
+                    began = time.time()  # the first step also warms up
+                if step == first + 3 and (time.time() - began) / 3 * (steps - step) > 60:
+                    bar.write(f"{(time.time() - began) / 3:.1f} s a step: {'at most ' * bool(looks)}about "
+                              f"{(time.time() - began) / 180 * (steps - step):.0f} minutes to go.")
                 if bar.disable and time.time() > said + 10:  # not a terminal
                     said = time.time()
                     print(f"step {step + 1} of {steps}:", *(f"{name} {value}" for name, value in shown.items()))
@@ -689,11 +706,34 @@ def finish(args, model, tokenizer, splits, texts, held_out, kept, where, device)
     for name in ("state.pt", "best.pt"):
         Path(args.out, name).unlink(missing_ok=True)
     print(f"\n{len(splits['test'])} test examples of {args.data}, greedy:\n{table(metrics)}")
+    print(reading(args.method, predictions))
     if args.method in ROUTED:
         print(hindsight_gap(args))
     which = f" of the state after step {kept['step']}, the best of those looked at" if args.patience else ""
     print(f"validation NLL{which}: {validation and round(validation, 4)}. Saved in {args.out}: model/, metrics.json, "
           f"predictions.jsonl, log.jsonl.")
+
+
+def reading(method, predictions):
+    """What the table says, in a sentence: did training help, and do the codes carry weight? From the NLL of the
+    reference responses, whose differences are paired by example, with their 95% intervals."""
+    main, said = conditions_of(method)[0], []
+
+    def change(condition, against):
+        a, b = (np.array([row["nll"] for row in predictions[name]], float) for name in (condition, against))  # (n, 2)
+        counted = (a[:, 1] > 0) & (a[:, 1] == b[:, 1])
+        return difference(a[counted, 0], b[counted, 0], a[counted, 1])[:3] if counted.any() else (0, 0, 0)
+
+    shown = lambda found: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
+    if "base" in predictions:
+        found = change(main, "base")
+        verdict = "helped" if found[2] < 0 else "hurt" if found[1] > 0 else "changed nothing beyond chance"
+        said.append(f"Training {verdict}: NLL {shown(found)} against the base.")
+    if {"off", "random"} <= set(predictions):
+        off, other = change("off", main), change("random", main)
+        verdict = "carry weight" if other[1] > 0 else "act, but it does not matter which" if off[1] > 0 else "are inert"
+        said.append(f"The codes {verdict}: without them NLL {shown(off)}, at random {shown(other)}.")
+    return " ".join(said)
 
 
 def hindsight_gap(args):

@@ -19,8 +19,8 @@ import train
 from dlr import DLRModel
 
 ROOT = Path(__file__).resolve().parent.parent
-SUMS = ["--data", "arithmetic", "--n", "96", "--val", "8", "--test", "12", "--batch-size", "8", "--codes", "4",
-        "--rollouts", "3", "--scale", "1", "--lr", "1e-3", "--code-lr", "1e-2", "--device", "cpu"]
+SUMS = ["--recipe", "paper", "--data", "arithmetic", "--n", "96", "--val", "8", "--test", "12", "--batch-size", "8",
+        "--codes", "4", "--rollouts", "3", "--scale", "1", "--lr", "1e-3", "--code-lr", "1e-2", "--device", "cpu"]
 
 
 def call(main, *args):
@@ -254,8 +254,8 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--model", "tiny", "--data", "mine.jsonl"], "--model tiny only reads arithmetic"),
     (["--model", "tiny", "--data", "arithmetic", "--layer", "2", "--n", "9"], "blocks 0 to 1"),
     (["--resume"], "holds no run to resume"),
-    (["--patience", "3"], "belong together"),
-    (["--evaluate-every", "3"], "belong together"),
+    (["--recipe", "paper", "--patience", "3"], "belong together"),
+    (["--recipe", "paper", "--evaluate-every", "3"], "belong together"),
     (["--evaluate-every", "0", "--patience", "3"], "--evaluate-every is 0"),
     (["--evaluate-every", "3", "--patience", "-1"], "--patience is -1"),
     (["--evaluate-every", "3", "--patience", "2", "--val", "0"], "--val is 0"),
@@ -409,7 +409,7 @@ def test_a_local_file_of_prompts_and_responses(tmp_path, monkeypatch):
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     train.main(["--model", str(path), "--data", "mine.jsonl", "--val", "1", "--test", "1", "--max-new-tokens", "4",
-                "--lr", "1e-3", "--batch-size", "2"])
+                "--lr", "1e-3", "--batch-size", "2", "--max-steps", "5"])
     assert len(log_of(tmp_path / "runs" / "words-mine-dlr-s0")) == 5
 
 
@@ -465,7 +465,10 @@ def test_the_readme_command_with_a_hub_name_and_a_hub_dataset(hub_cache, tmp_pat
                cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "gpt2-gsm8k-dlr-s0"
-    assert len(log_of(out)) == 1 and (out / "model" / "dlr.safetensors").is_file()
+    assert 1 <= len(log_of(out)) <= 20 and (out / "model" / "dlr.safetensors").is_file()
+    assert "At most 20 steps of 8 texts; every 8 a look at 2 validation texts" in done.stdout
+    assert "\nTraining " in done.stdout and " The codes " in done.stdout
+    assert "the best of those looked at" in done.stdout
 
 
 def test_without_network_and_cache_one_sentence_says_what_to_pass(tmp_path):
@@ -497,9 +500,9 @@ def test_accumulated_batches_step_like_one(steady_folder, tmp_path, method):
     for size in (4, 8):
         out = tmp_path / str(size)
         out.mkdir()
-        args = train.parse_args(["--model", str(steady_folder), "--method", method, "--batch-size", str(size),
-                                 "--accumulate", str(8 // size), "--lr", "1e-3", "--codes", "4", "--chunk", "2",
-                                 "--temperature", "0", "--alpha-policy", "0", "--alpha-reg", "0", "--out", str(out)])
+        args = train.parse_args(["--model", str(steady_folder), "--recipe", "paper", "--method", method,
+                                 "--batch-size", str(size), "--accumulate", str(8 // size), "--lr", "1e-3",
+                                 "--codes", "4", "--chunk", "2", "--temperature", "0", "--alpha-policy", "0", "--alpha-reg", "0", "--out", str(out)])
         lm, tokenizer = train.load_model(args, dict(pretrained_model_name_or_path=steady_folder), "cpu")
         model = train.build(args, lm, None, torch.device("cpu"))
         torch.nn.init.normal_(model.codebook)
@@ -577,14 +580,39 @@ def test_two_processes_make_the_steps_of_one_and_resume(steady_folder, tmp_path,
         assert answers[0]["test"][condition]["nll"] == pytest.approx(answers[1]["test"][condition]["nll"], rel=1e-4)
 
 
+def test_the_last_sentences_read_the_table_right():
+    """Against the NLL it was made with: the base at 1 nat a token, the conditions a given step above or below it."""
+    rng = np.random.default_rng(0)
+    tokens, noise = rng.integers(1, 9, 60), rng.normal(0, 0.02, 60)
+
+    def read(steered, off, random, method="dlr"):
+        nll = {"base": 1, "steered" if method == "dlr" else method: steered, "off": off, "random": random}
+        rows = {name: [{"nll": (float(n * (value + e * (name == "random"))), int(n))} for n, e in zip(tokens, noise)]
+                for name, value in nll.items() if value is not None}
+        return train.reading(method, rows)
+
+    assert read(0.5, 0.7, 0.9).startswith("Training helped: NLL -0.500 [-0.500, -0.500] against the base. "
+                                          "The codes carry weight: without them NLL +0.200 [+0.200, +0.200]")
+    assert "The codes are inert" in read(0.5, 0.5, 0.5) and "act, but it does not matter" in read(0.5, 0.7, 0.5)
+    assert "The codes carry weight" in read(0.5, 0.5, 0.7)  # no better than none, but not any code will do
+    assert read(1.5, None, None, "sft") == "Training hurt: NLL +0.500 [+0.500, +0.500] against the base."
+    assert "nothing beyond chance" in read(1, None, None, "sft")
+
+
 def test_the_embedded_settings_give_way_to_flags():
     args = train.parse_args([])
     assert (args.num_codes, args.chunk_size, args.rollouts, args.freeze, args.layer) == (8, 1, 4, True, 0)
     args = train.parse_args(["--codes", "5", "--no-freeze"])
     assert (args.num_codes, args.chunk_size, args.freeze) == (5, 1, False)
+    assert (args.patience, args.scale_units, args.router_norm) == (None, "absolute", "none")
     args = train.parse_args(["--model", "gpt2", "--data", "gsm8k"])
-    assert (args.num_codes, args.chunk_size, args.rollouts, args.scale, args.layer) == (32, 4, 8, 0.1, None)
-    assert (args.lr, args.code_lr, args.alpha_policy, args.alpha_reg, args.freeze) == (1e-5, 1e-3, 0.5, 0.1, False)
+    method = (32, 4, 8, None, 0.5, 0.1, False, "imitate", "best")
+    names = "num_codes chunk_size rollouts layer alpha_policy alpha_reg freeze policy update_on".split()
+    assert tuple(getattr(args, name) for name in names) == method
+    assert args.scale_units == "hidden" and args.patience and args.evaluate_every
+    paper = train.parse_args(["--model", "gpt2", "--data", "gsm8k", "--recipe", "paper"])
+    assert tuple(getattr(paper, name) for name in names) == method
+    assert (paper.scale, paper.lr, paper.code_lr, paper.epochs, paper.patience) == (0.1, 1e-5, 1e-3, 1, None)
     assert args.out == "runs/gpt2-gsm8k-dlr-s0" and args.max_new_tokens == 256
 
 
