@@ -322,7 +322,8 @@ def over_n(runs, against):
         for by in ("strict", "nll"):
             found = {name: paired(methods[name], methods[against], by) for name in others}
             means = {name: (one[0], one[4], len(methods[name])) for name, one in found.items() if one}
-            raw = {name: 2 * student.sf(abs(mean / error), seeds - 1) for name, (mean, error, seeds) in means.items()}
+            t = {name: abs(mean) / max(error, 1e-12) for name, (mean, error, _) in means.items()}  # 0 for no difference
+            raw = {name: 2 * student.sf(t[name], means[name][2] - 1) for name in t}
             order, p = sorted(raw, key=raw.get), 0.0
             for i, name in enumerate(order):
                 p = max(p, min(1.0, (len(order) - i) * raw[name]))
