@@ -1,10 +1,13 @@
-"""Other searches than drawing from the router, for a `DLRModel` as `model.search` (equation 3 of dlr.py).
+"""Other searches than drawing from the router, for a `DLRModel` as `model.search`, and what a search is worth.
 
     response_search   rollouts of the response alone: the prompt takes the router's argmax and is computed once
     beam_search       from left to right, N prefixes wide
     exact_search      the best of all C^M sequences, by best-first search
 
     model.search = partial(beam_search, model, width=8)                     # what `model(...).loss` searches with
+
+The winner is chosen with the answer in view; the router has to choose without it. `look_closer` and `hindsight_gap`
+tell how much of what a search finds is left then, and whether its choice is more than rounding.
 
 What is predicted from chunk m depends on the codes a_0 .. a_m alone, so log p(x | a) is a sum over chunks, and what two
 sequences have in common has to be computed once. All three *resume* a text from keys and values: the blocks above the
@@ -17,16 +20,21 @@ likeliest prefix, once complete, is the optimum.
 """
 import copy
 import inspect
+import json
 from heapq import heappop, heappush
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dlr import SearchResult, select, targets_of
+from dlr import DLRModel, SearchResult, select, targets_of, typical_norm
 
 SEARCH_ROWS = 128  # prefixes that are extended at once, each with a copy of its keys and values
+ROUNDING = ("Warning, step {step}: the rollouts' log-likelihoods lie {spread:.2g} nats apart, and scoring them again "
+            "moves them by {noise:.2g}: winners are drawn by rounding. Raise --scale or --code-lr, or use "
+            "--search-dtype float32.")
 
 
 @torch.no_grad()
@@ -222,3 +230,74 @@ def _forked(cache, rows):
     fork.layers = [copy.copy(layer) for layer in cache.layers]
     fork.reorder_cache(rows)
     return fork
+
+
+def step_values(out, labels, tokens):
+    """What every step tells the log, as this micro-batch's part of it -> {name: tensor}.
+
+    `best_nll`, `mean_nll`: the loss per response token under the best rollout, and on average over the rollouts."""
+    terms = ("loss", "generalist", "steered", "policy", "prior")
+    values = {name: out[name] for name in terms if out.get(name) is not None}
+    if out.found is not None:
+        share, score = (labels[:, 1:] >= 0).sum() / tokens, out.found.log_likelihood
+        used = torch.zeros(out.found.logits.shape[-1] + 1, device=labels.device)
+        used = used.index_fill(0, out.found.codes.flatten() + 1, 1.0)[1:].mean()
+        spread = score.std(1, correction=int(score.shape[1] > 1)).mean()
+        values |= {"best_nll": -score.amax(1).sum() / tokens, "mean_nll": -score.mean(1).sum() / tokens,
+                   "codes_used": share * used, "spread": share * spread}
+    return values
+
+
+@torch.no_grad()
+def look_closer(args, model, out, labels, tokens):
+    """What no step needs to know, but the reader of the log does -> {name: tensor}.
+
+    What the text costs under the router's argmax and without codes: best_nll is what a search finds that sees the
+    answer, argmax_nll what is left of it without. And is the selection more than rounding (same_winner, noise)?"""
+    trunk, found, values = out.trunk, out.found, {}
+    share, nll = (labels[:, 1:] >= 0).sum() / tokens, lambda score: -score.sum() / tokens
+    if found is None:  # the draws must not change those of the next step
+        aside = torch.Generator(labels.device).manual_seed(args.seed)
+        found = DLRModel.search(model, trunk, labels, generator=aside)
+        score = found.log_likelihood
+        values = {"best_nll": nll(score.amax(1)), "mean_nll": nll(score.mean(1))}
+    argmax = found.logits.argmax(-1)[:, None]  # (B, 1, M)
+    again = torch.cat([found.rollouts.flip(1), argmax, torch.full_like(argmax, -1)], 1)
+    with model.searching(torch.float32):
+        again = again.masked_fill(~trunk.real[:, None], -1)
+        *scores, chosen, off = model.log_likelihood(trunk, labels, again).unbind(1)
+    scores = torch.stack(scores, 1).flip(1)  # (B, N), in another order
+    p = found.logits.softmax(-1)
+    entropy = -(torch.xlogy(p, p).sum(-1) * trunk.real).sum() / trunk.real.sum()
+    push = model.vectors(argmax[:, 0][trunk.real], torch.float32).norm(dim=-1).median() / typical_norm(trunk)
+    noise = (scores - found.log_likelihood).std(1, correction=0).mean()
+    same_winner = (scores.argmax(1) == found.log_likelihood.argmax(1)).float().mean()
+    own = dict(entropy=entropy, push=push, noise=noise, same_winner=same_winner)
+    return values | {"argmax_nll": nll(chosen), "off_nll": nll(off), **{k: share * v for k, v in own.items()}}
+
+
+def selects_by_rounding(args, line):
+    """Whether what the rollouts differ by is no more than the noise of their scores, at a step that was looked at.
+
+    Scored again, in another order, they may be the same to the bit; float32 still keeps no more than about 1e-6."""
+    searched = "noise" in line and "spread" in line and args.num_codes > 1 and args.rollouts > 1
+    return searched and line["spread"] < max(2 * line["noise"], 1e-6)
+
+
+def hindsight_gap(args):
+    """From the last fifth of the looks in the log: what of the search's gain the router has without the answer."""
+    lines = map(json.loads, Path(args.out, "log.jsonl").read_text().splitlines())
+    looks = [line for line in lines if "argmax_nll" in line]
+    looks = looks[-max(1, len(looks) // 5):]
+    off, mean, best, argmax = (sum(line[f"{name}_nll"] for line in looks) / len(looks)
+                               for name in ("off", "mean", "best", "argmax"))
+    if args.num_codes == 1 or args.search in ("rollouts", "response") and args.rollouts == 1:
+        found = "nothing was searched"
+    elif off - best <= 1e-4:
+        found = "the search finds nothing yet"
+    elif argmax >= off:
+        found = "the router's own codes are no better than none"
+    else:
+        found = f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds"
+    return (f"Training loss at the end (nats per token): off {off:.4f}, rollouts' mean {mean:.4f}, router's argmax "
+            f"{argmax:.4f}, best rollout {best:.4f}: {found}.")

@@ -51,7 +51,7 @@ import baselines
 import data
 import search
 from compare import difference
-from dlr import DLRModel, Settings, typical_norm
+from dlr import DLRModel, Settings
 from eval import (CONDITIONS, ROUTED, choose_device, conditions_of, evaluate, gathered, processes, response_nll, table,
                   write_results)
 
@@ -67,9 +67,6 @@ RECIPES = {
     "ours": dict(policy="rloo", alpha_policy=2.0, update_on="argmax", router_norm="rms", scale_units="hidden")}
 # States are kept whole, whoever holds which part of them, and without what is not trained.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
-ROUNDING = ("Warning, step {step}: the rollouts' log-likelihoods lie {spread:.2g} nats apart, and scoring them again "
-            "moves them by {noise:.2g}: winners are drawn by rounding. Raise --scale or --code-lr, or use "
-            "--search-dtype float32.")
 # what the progress bar shows of a step
 SHOWN = ("loss", "generalist", "steered", "policy", "prior", "spread", "codes_used", "tokens_per_s")
 
@@ -280,50 +277,6 @@ def dress(args, lm, tokenizer, splits):
     return texts
 
 
-def step_values(out, labels, tokens):
-    """What every step tells the log, as this micro-batch's part of it -> {name: tensor}.
-
-    `best_nll`, `mean_nll`: the loss per response token under the best rollout, and on average over the rollouts."""
-    terms = ("loss", "generalist", "steered", "policy", "prior")
-    values = {name: out[name] for name in terms if out.get(name) is not None}
-    if out.found is not None:
-        share, score = (labels[:, 1:] >= 0).sum() / tokens, out.found.log_likelihood
-        used = torch.zeros(out.found.logits.shape[-1] + 1, device=labels.device)
-        used = used.index_fill(0, out.found.codes.flatten() + 1, 1.0)[1:].mean()
-        spread = score.std(1, correction=int(score.shape[1] > 1)).mean()
-        values |= {"best_nll": -score.amax(1).sum() / tokens, "mean_nll": -score.mean(1).sum() / tokens,
-                   "codes_used": share * used, "spread": share * spread}
-    return values
-
-
-@torch.no_grad()
-def look_closer(args, model, out, labels, tokens):
-    """What no step needs to know, but the reader of the log does -> {name: tensor}.
-
-    What the text costs under the router's argmax and without codes: best_nll is what a search finds that sees the
-    answer, argmax_nll what is left of it without. And is the selection more than rounding (same_winner, noise)?"""
-    trunk, found, values = out.trunk, out.found, {}
-    share, nll = (labels[:, 1:] >= 0).sum() / tokens, lambda score: -score.sum() / tokens
-    if found is None:  # the draws must not change those of the next step
-        aside = torch.Generator(labels.device).manual_seed(args.seed)
-        found = DLRModel.search(model, trunk, labels, generator=aside)
-        score = found.log_likelihood
-        values = {"best_nll": nll(score.amax(1)), "mean_nll": nll(score.mean(1))}
-    argmax = found.logits.argmax(-1)[:, None]  # (B, 1, M)
-    again = torch.cat([found.rollouts.flip(1), argmax, torch.full_like(argmax, -1)], 1)
-    with model.searching(torch.float32):
-        again = again.masked_fill(~trunk.real[:, None], -1)
-        *scores, chosen, off = model.log_likelihood(trunk, labels, again).unbind(1)
-    scores = torch.stack(scores, 1).flip(1)  # (B, N), in another order
-    p = found.logits.softmax(-1)
-    entropy = -(torch.xlogy(p, p).sum(-1) * trunk.real).sum() / trunk.real.sum()
-    push = model.vectors(argmax[:, 0][trunk.real], torch.float32).norm(dim=-1).median() / typical_norm(trunk)
-    noise = (scores - found.log_likelihood).std(1, correction=0).mean()
-    same_winner = (scores.argmax(1) == found.log_likelihood.argmax(1)).float().mean()
-    own = dict(entropy=entropy, push=push, noise=noise, same_winner=same_winner)
-    return values | {"argmax_nll": nll(chosen), "off_nll": nll(off), **{k: share * v for k, v in own.items()}}
-
-
 def prepare_out(args):
     """Make the folder of the run. Raises ValueError where a run would be lost."""
     out = Path(args.out)
@@ -506,9 +459,9 @@ def train(args, model, rows, held_out, state, device):
                 if bar.disable and time.time() > said + 10:  # not a terminal
                     said = time.time()
                     print(f"step {step + 1} of {steps}:", *(f"{name} {value}" for name, value in shown.items()))
-                if step >= warmup and not warned and selects_by_rounding(args, line):
+                if step >= warmup and not warned and search.selects_by_rounding(args, line):
                     warned = True
-                    bar.write(ROUNDING.format(step=step, **line))
+                    bar.write(search.ROUNDING.format(step=step, **line))
                 if stop or step + 1 == steps or enough(step + 1) or (step + 1) % args.save_every == 0:
                     save_state(args, step + 1, spread, optimizer, schedule, best, device)
                 if stop:
@@ -523,14 +476,6 @@ def train(args, model, rows, held_out, state, device):
     kept = torch.load(Path(args.out, "best.pt"), map_location="cpu", weights_only=True)
     set_model_state_dict(spread, kept, options=WHOLE)
     return best
-
-
-def selects_by_rounding(args, line):
-    """Whether what the rollouts differ by is no more than the noise of their scores, at a step that was looked at.
-
-    Scored again, in another order, they may be the same to the bit; float32 still keeps no more than about 1e-6."""
-    searched = "noise" in line and "spread" in line and args.num_codes > 1 and args.rollouts > 1
-    return searched and line["spread"] < max(2 * line["noise"], 1e-6)
 
 
 def own_batch(rows, whole, device):
@@ -555,9 +500,9 @@ def train_step(args, model, spread, optimizer, rows, chosen, step, look, interru
         with nullcontext() if meet else spread.no_sync():
             with use:
                 out = spread(**batch, num_items_in_batch=tokens)  # search, select, and equation (4)
-                values = step_values(out, batch["labels"], tokens)
+                values = search.step_values(out, batch["labels"], tokens)
                 if look and out.trunk is not None:
-                    values |= look_closer(args, model, out, batch["labels"], tokens)
+                    values |= search.look_closer(args, model, out, batch["labels"], tokens)
             (world * out.loss).backward()  # the engine takes the mean over processes, but these are parts of a sum
         for name, value in values.items():
             logged[name] = logged.get(name, 0) + value.detach()
@@ -708,7 +653,7 @@ def finish(args, model, tokenizer, splits, texts, held_out, kept, where, device)
     print(f"\n{len(splits['test'])} test examples of {args.data}, greedy:\n{table(metrics)}")
     print(reading(args.method, predictions))
     if args.method in ROUTED:
-        print(hindsight_gap(args))
+        print(search.hindsight_gap(args))
     which = f" of the state after step {kept['step']}, the best of those looked at" if args.patience else ""
     print(f"validation NLL{which}: {validation and round(validation, 4)}. Saved in {args.out}: model/, metrics.json, "
           f"predictions.jsonl, log.jsonl.")
@@ -734,25 +679,6 @@ def reading(method, predictions):
         verdict = "carry weight" if other[1] > 0 else "act, but it does not matter which" if off[1] > 0 else "are inert"
         said.append(f"The codes {verdict}: without them NLL {shown(off)}, at random {shown(other)}.")
     return " ".join(said)
-
-
-def hindsight_gap(args):
-    """From the last fifth of the looks in the log: what of the search's gain the router has without the answer."""
-    lines = map(json.loads, Path(args.out, "log.jsonl").read_text().splitlines())
-    looks = [line for line in lines if "argmax_nll" in line]
-    looks = looks[-max(1, len(looks) // 5):]
-    off, mean, best, argmax = (sum(line[f"{name}_nll"] for line in looks) / len(looks)
-                               for name in ("off", "mean", "best", "argmax"))
-    if args.num_codes == 1 or args.search in ("rollouts", "response") and args.rollouts == 1:
-        found = "nothing was searched"
-    elif off - best <= 1e-4:
-        found = "the search finds nothing yet"
-    elif argmax >= off:
-        found = "the router's own codes are no better than none"
-    else:
-        found = f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds"
-    return (f"Training loss at the end (nats per token): off {off:.4f}, rollouts' mean {mean:.4f}, router's argmax "
-            f"{argmax:.4f}, best rollout {best:.4f}: {found}.")
 
 
 if __name__ == "__main__":

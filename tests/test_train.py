@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import baselines
 import data
 import eval as evaluation
+import search
 import train
 from dlr import DLRModel
 
@@ -134,7 +135,7 @@ def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags
 def test_the_hindsight_sentence_averages_the_last_fifth_of_the_looks(tmp_path):
     def said(lines, *flags):
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return train.hindsight_gap(train.parse_args(["--model", "x", "--out", str(tmp_path), *flags]))
+        return search.hindsight_gap(train.parse_args(["--model", "x", "--out", str(tmp_path), *flags]))
 
     look = lambda off, mean, argmax, best: dict(off_nll=off, mean_nll=mean, argmax_nll=argmax, best_nll=best)
     early, late = [look(9.0, 9.0, 9.0, 9.0)] * 8, [look(2.0, 1.5, 1.4, 1.0), look(1.0, 0.7, 0.8, 0.6)]
@@ -502,7 +503,8 @@ def test_accumulated_batches_step_like_one(steady_folder, tmp_path, method):
         out.mkdir()
         args = train.parse_args(["--model", str(steady_folder), "--recipe", "paper", "--method", method,
                                  "--batch-size", str(size), "--accumulate", str(8 // size), "--lr", "1e-3",
-                                 "--codes", "4", "--chunk", "2", "--temperature", "0", "--alpha-policy", "0", "--alpha-reg", "0", "--out", str(out)])
+                                 "--codes", "4", "--chunk", "2", "--temperature", "0",
+                                 "--alpha-policy", "0", "--alpha-reg", "0", "--out", str(out)])
         lm, tokenizer = train.load_model(args, dict(pretrained_model_name_or_path=steady_folder), "cpu")
         model = train.build(args, lm, None, torch.device("cpu"))
         torch.nn.init.normal_(model.codebook)
@@ -624,7 +626,7 @@ needs_real = pytest.mark.skipif(not (os.environ.get("DLR_DATA_DIR") and os.envir
 def test_a_pretrained_gguf_on_real_data(tmp_path):
     done = run("--model", os.environ["DLR_GGUF"], "--data", "commonsense_qa", "--data-dir", os.environ["DLR_DATA_DIR"],
                "--n", "4", "--batch-size", "4", "--val", "1", "--test", "2", "--max-new-tokens", "6", "--freeze",
-               "--rollouts", "4", "--out", "run", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
+               "--max-steps", "2", "--rollouts", "4", "--out", "run", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     again = run("run", script="eval.py", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
