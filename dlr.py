@@ -704,6 +704,7 @@ def _put_in_tied(model, state, prefix, *args):
 
 
 def hidden_of(output):
+    """The states (B, T, H) in what a block returns: they alone, or a tuple with them in front."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 

@@ -350,7 +350,7 @@ def as_markdown(table):
 
 def draw_map(figure, table, against):
     """A panel a method: points more than `against`, by the number of training examples, with a band of one s.e."""
-    columns = min(5, len(table))
+    columns, ticks = min(5, len(table)), sorted({n for row in table.values() for n in row})
     figure.set_size_inches(2.1 * columns + 0.6, 2.1 * -(-len(table) // columns) + 0.6)
     panels = figure.subplots(-(-len(table) // columns), columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, (name, row) in zip(panels, table.items()):
@@ -358,9 +358,10 @@ def draw_map(figure, table, against):
         axes.axhline(0, color=GREY, linewidth=1)
         axes.fill_between(n, mean - error, mean + error, color=BLUE, alpha=0.25)
         axes.plot(n, mean, "o-", color=BLUE)
-        axes.set(xscale="log", xticks=n, title=name)
-        axes.set_xticks(n, n)
+        axes.set(xscale="log", xlim=(0.7 * ticks[0], 1.4 * ticks[-1]), title=name)
+        axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
+        axes.tick_params(labelbottom=True)
     for axes in panels[len(table):]:
         axes.axis("off")
     figure.supxlabel("training examples")

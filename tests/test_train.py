@@ -626,7 +626,8 @@ needs_real = pytest.mark.skipif(not (os.environ.get("DLR_DATA_DIR") and os.envir
 def test_a_pretrained_gguf_on_real_data(tmp_path):
     done = run("--model", os.environ["DLR_GGUF"], "--data", "commonsense_qa", "--data-dir", os.environ["DLR_DATA_DIR"],
                "--n", "4", "--batch-size", "4", "--val", "1", "--test", "2", "--max-new-tokens", "6", "--freeze",
-               "--max-steps", "2", "--rollouts", "4", "--out", "run", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
+               "--max-steps", "2", "--rollouts", "4", "--out", "run", cwd=tmp_path,
+               env={"OMP_NUM_THREADS": str(os.cpu_count())})
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     again = run("run", script="eval.py", cwd=tmp_path, env={"OMP_NUM_THREADS": str(os.cpu_count())})
