@@ -152,7 +152,8 @@ def dropouts(where, p):
     if p is None:
         return {}
     config = AutoConfig.from_pretrained(**where).to_dict()
-    found = {name: p for name, value in config.items() if "drop" in name and isinstance(value, (int, float))}
+    found = {name: p for name, value in config.items() if ("dropout" in name or "pdrop" in name)
+             and isinstance(value, (int, float)) and not isinstance(value, bool)}
     if not found:
         raise ValueError("--dropout: the config of this LM names no dropout.")
     return found

@@ -321,13 +321,16 @@ def over_n(runs, against):
         others = [name for name in methods if name != against]
         for by in ("strict", "nll"):
             found = {name: paired(methods[name], methods[against], by) for name in others}
-            means = {name: (one[0], one[4], len(methods[name])) for name, one in found.items() if one}
-            t = {name: abs(mean) / max(error, 1e-12) for name, (mean, error, _) in means.items()}  # 0 for no difference
-            raw = {name: 2 * student.sf(t[name], means[name][2] - 1) for name in t}
+            means = {name: (one[0], one[4]) for name, one in found.items() if one}
+            if any(np.isnan(error) for _, error in means.values()):
+                raise ValueError(f"the map shows spreads over seeds, and n = {n} has methods with one seed alone.")
+            t = {name: abs(mean) / max(error, 1e-12) for name, (mean, error) in means.items()}  # 0 for no difference
+            seeds = {name: {result.config["seed"] for result, _ in row} for name, row in methods.items()}
+            raw = {name: 2 * student.sf(t[name], len(seeds[name] & seeds[against]) - 1) for name in t}
             order, p = sorted(raw, key=raw.get), 0.0
             for i, name in enumerate(order):
                 p = max(p, min(1.0, (len(order) - i) * raw[name]))
-                table.setdefault(name, {}).setdefault(n, {})[by] = (*means[name][:2], p)
+                table.setdefault(name, {}).setdefault(n, {})[by] = (*means[name], p)
     return table
 
 

@@ -194,7 +194,8 @@ def test_the_map_is_the_paired_difference_and_holms_p(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{100 * table['far'][16]['strict'][0]:+.1f} ± " in printed and "*" in printed
     assert imread(tmp_path / "drawn" / "little_data.png")[..., :3].std() > 0.02
-    for wrong, against, word in ((runs[:1], "dlr", "n16-dlr"), ([*runs, str(tmp_path)], "sft", "finished")):
+    for wrong, against, word in ((runs[:1], "dlr", "n16-dlr"), ([*runs, str(tmp_path)], "sft", "finished"),
+                                 (runs[:6], "sft", "one seed alone")):
         with pytest.raises(SystemExit, match=word):
             figures.main([*wrong, "--against", against, "--out", str(tmp_path / "drawn")])
 
