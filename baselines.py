@@ -23,6 +23,7 @@
 All changes of text are made in text, with special tokens of the tokenizer: whoever encodes or decodes it needs to know
 nothing of them (`skip_special_tokens=True` drops them). Needs peft for lora, vector-quantize-pytorch for tokenassorted.
 """
+import copy
 import importlib.util
 import random
 import tempfile
@@ -35,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import data
@@ -52,6 +53,70 @@ def check_packages(method):
     package = PACKAGES.get(method)
     if package and importlib.util.find_spec(package.replace("-", "_")) is None:
         raise ValueError(f"--method {method} needs the package {package}: pip install {package}")
+
+
+def find_model(args):
+    """-> arguments of `from_pretrained` for args.model, after a look at its config alone (None for the tiny one).
+
+    Raises OSError where there is no such model, ValueError for a block that it does not have."""
+    path, where, layers = Path(args.model), None, 2
+    if path.suffix == ".gguf":
+        where = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+        if not path.is_file():
+            raise FileNotFoundError(f"--model {path} does not exist; it should be a .gguf file.")
+    elif args.model != "tiny":
+        where = dict(pretrained_model_name_or_path=args.model)
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise FileNotFoundError(f"--model {path} is a folder without a model: it has no config.json.")
+    if where:
+        try:
+            config = AutoConfig.from_pretrained(**where).get_text_config()
+        except (OSError, ValueError) as error:
+            raise OSError(f"--model {args.model} was found neither as a local folder or .gguf file nor on the hub "
+                          f"({first_line(error)}): pass a model folder, or run without --model for the built-in one.")
+        args.max_length = min(args.max_length, getattr(config, "max_position_embeddings", None) or args.max_length)
+        layers = config.num_hidden_layers
+    for flag, blocks in (("--layer", [args.layer or 0]), ("--lora-layers", args.lora_layers or [0])):
+        if not 0 <= min(blocks) <= max(blocks) < layers:
+            raise ValueError(f"{flag} is {' '.join(map(str, blocks))}, but {args.model} has blocks 0 to {layers - 1}.")
+    return where
+
+
+def first_line(error):
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_model(args, where, device):
+    """-> (lm, tokenizer); the tiny LM is taught first unless it lies in its folder already."""
+    if args.model == "tiny":
+        where = dict(pretrained_model_name_or_path=str(teach_tiny(args, device)))
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    if "gguf_file" in where:  # transformers refuses to save such an LM: put its weights into an ordinary one
+        config = copy.deepcopy(lm.config)
+        del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=lm.dtype)
+        plain.load_state_dict(lm.state_dict())
+        plain.generation_config, lm = lm.generation_config, plain
+    return lm.to(device), tokenizer
+
+
+def dress(args, lm, tokenizer, splits):
+    """Change model, tokenizer and texts as the method asks (py). -> the splits to train and evaluate on"""
+    texts = dict(splits)
+    if args.lora_rank:
+        add_lora(lm, args.lora_rank, args.lora_layers)
+    if args.method == "pause":
+        add_tokens(lm, tokenizer, [PAUSE])
+        texts = {split: with_pauses(examples) for split, examples in splits.items()}
+    elif args.method == "reft":
+        add_reft(lm, args.layer, args.num_codes)
+    elif args.method == "tokenassorted":
+        texts["train"], said = assort(splits["train"], lm, tokenizer, args.chunk_size, args.num_codes,
+                                                 args.seed)
+        print(f"tokenassorted: {said}.")
+    return texts
 
 
 def teach_tiny(args, device, batch_size=64, most_steps=2000, last_steps=60):
@@ -145,20 +210,6 @@ def add_lora(lm, rank, layers=None):
         get_peft_model(lm, config)
 
 
-def dropouts(where, p):
-    """The settings of an LM's config that set every dropout in it to `p` -> dict; none for None.
-
-    `where`: arguments of `from_pretrained`. Raises ValueError for an LM without any."""
-    if p is None:
-        return {}
-    config = AutoConfig.from_pretrained(**where).to_dict()
-    found = {name: p for name, value in config.items() if ("dropout" in name or "pdrop" in name)
-             and isinstance(value, (int, float)) and not isinstance(value, bool)}
-    if not found:
-        raise ValueError("--dropout: the config of this LM names no dropout.")
-    return found
-
-
 def merge_lora(lm):
     """W <- W + B A, in place: afterwards the LM is an ordinary one again."""
     from peft.tuners.lora import LoraLayer
@@ -195,6 +246,15 @@ def load_reft(lm, folder):
         saved = torch.load(Path(folder, "reft.pt"), map_location=lm.device, weights_only=True)
         add_reft(lm, saved["layer"], len(saved["state"]["0.bias"]))
         lm.get_submodule(find_blocks(lm))[saved["layer"]].reft.load_state_dict(saved["state"])
+
+
+def save_model(model, tokenizer, folder):
+    """A trained model and its tokenizer, so that `from_pretrained` loads them (reft: `load_reft` besides)."""
+    if any(hasattr(part, "reft") for part in model.lm.modules()):
+        save_reft(model.lm, folder)
+    else:
+        (model.lm if isinstance(model, Unsteered) else model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 class ChunkVQ(nn.Module):

@@ -52,6 +52,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import baselines
 import data
 import train
 from dlr import HEAD_ROWS, DLRModel, find_blocks
@@ -367,7 +368,7 @@ class Meter:
 def load(args, device):
     """-> (DLRModel, rows of the batch), as train.py finds them."""
     examples = data.load(args.data, args.n, 50, 100, data_dir=args.data_dir)["train"]
-    lm, tokenizer = train.load_model(args, train.find_model(args), device)
+    lm, tokenizer = baselines.load_model(args, baselines.find_model(args), device)
     rows, _, _ = data.encode(examples, tokenizer, args.max_length)
     if not rows:
         raise ValueError(f"no prompt leaves room for an answer within --length {args.length}; raise it.")
@@ -453,12 +454,12 @@ def main(argv=None):
             print(known_shapes(args))
         else:
             given = {name: getattr(args, name) for name in (*SHAPE, "head_dim")}
-            where = None if args.hidden else train.find_model(args)
+            where = None if args.hidden else baselines.find_model(args)
             config = AutoConfig.from_pretrained(**where) if where else config_of(**given)
             args.length = min(args.length, args.max_length)  # which a look at the config may have lowered
             print(report(args, config))
     except (OSError, ValueError) as error:
-        sys.exit(f"benchmark.py: {train.first_line(error)}")
+        sys.exit(f"benchmark.py: {baselines.first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -16,17 +16,27 @@ over the questions that both were, and a row that lacks some of its data set's, 
 """
 import argparse
 import json
+import os
+import platform
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
 
-from eval import conditions_of, interval, questions, read_config, resampled, saved
+from eval import conditions_of, interval, processes, questions, read_config, resampled, saved
 
 LACKING = {"strict": "it holds no answers; give --by nll, or answer its test set with --max-new-tokens.",
            "nll": "it does not hold the NLL of each example; evaluate it anew (eval.py --max-new-tokens 0 will do)."}
 LOOKS = {"strict": (100, 5, "5.1f"), "nll": (1, 7, "7.4f")}  # in %, in nats: scale, width, format
+
+
+# what two runs may differ in and still be the same
+APART = {"out", "resume", "device", "conditions", "commit", "python", "torch", "transformers"}
 
 
 @dataclass
@@ -40,6 +50,47 @@ class Result:
 
     data = property(lambda self: Path(self.config["data"]).name)
     main = property(lambda self: conditions_of(self.config["method"])[0])
+
+
+def prepare_out(args):
+    """Make the folder of the run. Raises ValueError where a run would be lost."""
+    out = Path(args.out)
+    config = out / "config.json"
+    if (out / "metrics.json").is_file():
+        raise ValueError(f"{out} holds a finished run: delete that folder, or pass another --out.")
+    if args.resume:
+        if not config.is_file():
+            raise ValueError(f"{out} holds no run to resume: start it without --resume.")
+        before = json.loads(config.read_text())
+        changed = [name for name in set(vars(args)) - APART if before.get(name) != getattr(args, name)]
+        if changed:
+            differs = ", ".join(f"{name} was {before.get(name)}" for name in sorted(changed))
+            raise ValueError(f"--resume needs the settings that {out} began with: {differs}.")
+    elif config.is_file():
+        raise ValueError(f"{out} holds an unfinished run: pass --resume to go on, or delete that folder.")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def write_config(args, model):
+    """config.json: every setting, versions, the commit. -> number of trained parameters"""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    commit = None
+    if shutil.which("git"):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = found.stdout.strip() or None
+    config = {**vars(args), "trained_parameters": trained, "layer_used": model.settings.layer,
+              "python": platform.python_version(), "torch": torch.__version__,
+              "transformers": transformers.__version__, "commit": commit}
+    Path(args.out, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return trained
+
+
+def open_log(args, first):
+    """log.jsonl, to write the lines of the steps from `first` on; what it holds of those will be redone."""
+    path = Path(os.devnull if processes()[0] else f"{args.out}/log.jsonl")
+    lines = path.read_text().splitlines(keepends=True)[:first] if path.is_file() else []
+    path.write_text("".join(lines))
+    return open(path, "a", buffering=1)
 
 
 def saved_result(run):
@@ -60,9 +111,7 @@ def difference(a, b, weights=None):
 
 def settings_but(result, *others):
     """What a run was trained with, as text; without what does not matter, and `others`."""
-    apart = {"out", "commit", "device", "save_every", "resume", "overwrite", "conditions", "python", "torch",
-             "transformers", *others}
-    return json.dumps([value for key, value in sorted(result.config.items()) if key not in apart])
+    return json.dumps([value for key, value in sorted(result.config.items()) if key not in APART.union(others)])
 
 
 def best_of(results, names):
@@ -157,6 +206,28 @@ def paired(row, other, by="strict"):
     per_seed = (ours - others).sum(1) / weights.sum()
     error = per_seed.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else np.nan
     return *difference(ours.mean(0), others.mean(0), weights), error, len(answers[0])
+
+
+def reading(method, predictions):
+    """What the table says, in a sentence: did training help, and do the codes carry weight? From the NLL of the
+    reference responses, whose differences are paired by example, with their 95% intervals."""
+    main, said = conditions_of(method)[0], []
+
+    def change(condition, against):
+        a, b = (np.array([row["nll"] for row in predictions[name]], float) for name in (condition, against))  # (n, 2)
+        counted = (a[:, 1] > 0) & (a[:, 1] == b[:, 1])
+        return difference(a[counted, 0], b[counted, 0], a[counted, 1])[:3] if counted.any() else (0, 0, 0)
+
+    shown = lambda found: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
+    if "base" in predictions:
+        found = change(main, "base")
+        verdict = "helped" if found[2] < 0 else "hurt" if found[1] > 0 else "changed nothing beyond chance"
+        said.append(f"Training {verdict}: NLL {shown(found)} against the base.")
+    if {"off", "random"} <= set(predictions):
+        off, other = change("off", main), change("random", main)
+        verdict = "carry weight" if other[1] > 0 else "act, but it does not matter which" if off[1] > 0 else "are inert"
+        said.append(f"The codes {verdict}: without them NLL {shown(off)}, at random {shown(other)}.")
+    return " ".join(said)
 
 
 def nll_per_token(answers):

@@ -22,7 +22,9 @@ take. Several runs are compared by compare.py, from what they hold.
 """
 import argparse
 import json
+import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from scipy.stats import bootstrap
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,6 +58,46 @@ def processes():
     """-> (which process this is, of how many): (0, 1) unless torchrun has started several."""
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def over_processes(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def join_processes(device):
+    """Where torchrun has started this process: meet the others. -> this one's device"""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+@contextmanager
+def first_process_first():
+    """Inside, the first process runs alone, then the others: what it downloads or makes, they find."""
+    rank, world = processes()
+    if world > 1 and rank > 0:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+def over_gpus(args, model, device):
+    """The model for several processes: each has a copy of it or, with --shard, a part of it."""
+    if processes()[1] == 1:
+        return model
+    if args.shard:
+        for block in model.blocks:
+            fully_shard(block)
+        return fully_shard(model)
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
 def choose_device(name="auto"):
@@ -210,6 +254,14 @@ def response_nll(model, rows, intervention=None, batch_size=16):
             nll = -model.log_likelihood(model.trunk(texts["input_ids"], texts["attention_mask"]), texts["labels"])
         found.update(zip(batch, zip(nll.tolist(), (texts["labels"][:, 1:] >= 0).sum(1).tolist())))
     return np.array(gathered(found), dtype=float).reshape(-1, 2).T
+
+
+def validation_nll(args, model, rows):
+    """NLL per response token of the validation texts, under the router's codes for what has codes; None without any."""
+    training = model.training
+    nll, tokens = response_nll(model.eval(), rows, None if args.method in ROUTED else "off", args.eval_batch_size)
+    model.train(training)
+    return float(nll.sum() / tokens.sum()) if rows else None
 
 
 def evaluate(model, tokenizer, examples, conditions, seed=0, max_length=512, max_new_tokens=256, batch_size=16):

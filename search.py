@@ -4,7 +4,7 @@
     beam_search       from left to right, N prefixes wide
     exact_search      the best of all C^M sequences, by best-first search
 
-    model.search = partial(beam_search, model, width=8)                     # what `model(...).loss` searches with
+    use(model, "beam")                                                      # what `model(...).loss` searches with
 
 The winner is chosen with the answer in view; the router has to choose without it. `look_closer` and `hindsight_gap`
 tell how much of what a search finds is left then, and whether its choice is more than rounding.
@@ -21,6 +21,7 @@ likeliest prefix, once complete, is the optimum.
 import copy
 import inspect
 import json
+from functools import partial
 from heapq import heappop, heappush
 from pathlib import Path
 
@@ -34,7 +35,14 @@ from dlr import DLRModel, SearchResult, select, targets_of, typical_norm
 SEARCH_ROWS = 128  # prefixes that are extended at once, each with a copy of its keys and values
 ROUNDING = ("Warning, step {step}: the rollouts' log-likelihoods lie {spread:.2g} nats apart, and scoring them again "
             "moves them by {noise:.2g}: winners are drawn by rounding. Raise --scale or --code-lr, or use "
-            "--search-dtype float32.")
+            "search_dtype=float32.")
+
+
+def use(model, name):
+    """Search with `<name>_search` of this file from now on; "rollouts" is the model's own. A beam is N wide."""
+    if name != "rollouts":
+        settings = {"width": model.settings.rollouts} if name == "beam" else {}
+        model.search = partial(globals()[f"{name}_search"], model, **settings)
 
 
 @torch.no_grad()

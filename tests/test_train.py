@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, modeling_utils
 
 import baselines
+import compare
 import data
 import eval as evaluation
 import search
@@ -39,6 +40,13 @@ def command(*args, script="train.py"):
 def run(*args, cwd, script="train.py", env=None):
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(command(*args, script=script), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def often_saving(folder):
+    """A script that is train.py but saves its state every three steps."""
+    path = folder / "often.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\ntrain.SAVE_EVERY = 3\ntrain.main()\n")
+    return str(path)
 
 
 def log_of(out):
@@ -77,11 +85,9 @@ def test_a_run_from_command_to_checkpoint_and_back(folder, tmp_path, monkeypatch
 
     # a finished run is not lost by accident
     monkeypatch.chdir(tmp_path)
-    assert "--overwrite" in call(train.main, "--model", folder, *SUMS)
-    assert (out / "metrics.json").read_text()
-    train.main(["--model", str(folder), *SUMS, "--method", "sft", "--out", str(out), "--overwrite"])
-    assert list(json.loads((out / "metrics.json").read_text())["test"]) == ["base", "sft"]
-    assert not (out / "model" / "dlr.safetensors").exists()
+    for again in ([], ["--resume"]):
+        assert "holds a finished run" in call(train.main, "--model", folder, *SUMS, *again)
+    assert (out / "metrics.json").read_text() == before[1]
 
 
 def test_the_ablations_teach_what_they_say(folder, tmp_path, monkeypatch):
@@ -93,21 +99,22 @@ def test_the_ablations_teach_what_they_say(folder, tmp_path, monkeypatch):
     lm.save_pretrained("dry")
     tokenizer.save_pretrained("dry")
     logs = {}
-    for generalist in ("--generalist", "--no-generalist"):
+    for generalist in (True, False):
         for codes in ("best", "argmax"):
-            train.main(["--model", "dry", *SUMS, generalist, "--update-on", codes, "--test", "1", "--out", "run",
-                        "--overwrite"])
-            for line in log_of("run"):
+            out = f"run-{generalist}-{codes}"
+            train.main(["--model", "dry", *SUMS, "--set", f"generalist={generalist}", f"update_on={codes}", "--test",
+                        "1", "--out", out])
+            for line in log_of(out):
                 assert line["steered"] == pytest.approx(line[f"{codes}_nll"], rel=1e-5)
-                assert line["generalist"] == pytest.approx(line["off_nll"] * (generalist == "--generalist"), rel=1e-5)
+                assert line["generalist"] == pytest.approx(line["off_nll"] * generalist, rel=1e-5)
                 assert line["best_nll"] <= line["mean_nll"]
             logs[generalist, codes] = line
     assert len({line["argmax_nll"] for line in logs.values()}) == 4  # four ways to train
 
 
-@pytest.mark.parametrize("flags", [["--recipe", "ours"], ["--method", "soft"], ["--update-on", "sample"],
+@pytest.mark.parametrize("flags", [["--recipe", "ours"], ["--method", "soft"], ["--set", "update_on=sample"],
                                    ["--search", "beam"], ["--search", "response"],
-                                   ["--search", "response", "--recipe", "ours", "--update-on", "sample"]])
+                                   ["--search", "response", "--recipe", "ours", "--set", "update_on=sample"]])
 def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags):
     """The log tells how far router and search are apart; a reloaded run answers alike, whatever its units and norms."""
     monkeypatch.chdir(tmp_path)
@@ -123,7 +130,7 @@ def test_what_goes_beyond_the_paper(folder, tmp_path, monkeypatch, capsys, flags
         assert f"the router recovers {100 * (off - argmax) / (off - best):.0f}% of what the search finds" in printed
     config = json.loads(Path("run", "config.json").read_text())
     if "--recipe" in flags:
-        update_on = "sample" if "sample" in flags else "argmax"
+        update_on = "sample" if "update_on=sample" in flags else "argmax"
         assert (config["policy"], config["update_on"], config["scale_units"]) == ("rloo", update_on, "hidden")
         assert (config["alpha_policy"], config["router_norm"]) == (2.0, "rms")
         assert abs(DLRModel.from_pretrained("run/model").unit - 1) > 1e-3
@@ -184,12 +191,13 @@ def test_a_prompt_that_was_not_searched_is_steered_but_not_imitated(folder, name
 
 @pytest.mark.parametrize("how, method", [(signal.SIGINT, "dlr"), (signal.SIGKILL, "dlr"), (signal.SIGTERM, "lora")])
 def test_an_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, how, method):
-    settings = ["--model", str(folder), *SUMS, "--method", method, "--epochs", "4", "--accumulate", "2",
-                "--save-every", "3"]
+    settings = ["--model", str(folder), *SUMS, "--method", method, "--epochs", "4", "--accumulate", "2"]
     monkeypatch.chdir(tmp_path)
     train.main([*settings, "--out", "whole"])
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(*settings, "--out", "cut"), cwd=tmp_path, env=env, stderr=subprocess.PIPE)
+    saves = often_saving(tmp_path)
+    process = subprocess.Popen([sys.executable, saves, *settings, "--out", "cut"], cwd=tmp_path, env=env,
+                               stderr=subprocess.PIPE)
     log = tmp_path / "cut" / "log.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 5):
         assert process.poll() is None, process.stderr.read()
@@ -200,7 +208,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkey
     assert 5 <= len(log.read_text().splitlines()) < 24
 
     assert "--resume" in call(train.main, *settings, "--out", "cut")
-    assert "--lr was 0.001" in call(train.main, *settings, "--lr", "0.5", "--out", "cut", "--resume")
+    assert "lr was 0.001" in call(train.main, *settings, "--lr", "0.5", "--out", "cut", "--resume")
     train.main([*settings, "--out", "cut", "--resume"])
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     for name in ("metrics.json", "predictions.jsonl"):
@@ -245,9 +253,15 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--lr", "-1"], "--lr is -1"),
     (["--freeze", "--method", "sft"], "have nothing to train"),
     (["--method", "lora", "--lora-layers", "0", "3"], "blocks 0 to 2"),
-    (["--search", "beam", "--policy", "rloo"], "want draws"),
-    (["--look-every", "0"], "--look-every is 0"),
-    (["--temperature", "-1"], "--temperature is -1"),
+    (["--search", "beam", "--set", "policy=rloo"], "want draws"),
+    (["--set", "polciy=rloo"], "--set polciy=rloo is none of"),
+    (["--set", "generalist=no"], "--set generalist=no is none of"),
+    (["--set", "alpha_policy=much"], "--set alpha_policy=much is none of"),
+    (["--set", "policy=imitates"], "policy is 'imitates'; it should be one of imitate, rloo"),
+    (["--set", "scale_units=metres"], "scale_units is 'metres'; it should be one of absolute, hidden"),
+    (["--epochs", "0"], "--epochs is 0"),
+    (["--scale", "inf"], "--scale is inf"),
+    (["--set", "temperature=-1"], "temperature is -1"),
     (["--model", "empty"], "no config.json"),
     (["--model", "nowhere.gguf"], "nowhere.gguf does not exist"),
     (["--model", "no/such-model"], "pass a model folder"),
@@ -261,9 +275,10 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--evaluate-every", "3", "--patience", "-1"], "--patience is -1"),
     (["--evaluate-every", "3", "--patience", "2", "--val", "0"], "--val is 0"),
     (["--evaluate-every", "3", "--patience", "2", "--n", "27"], "--n 27 leaves none"),
-    (["--max-steps", "0"], "--max-steps is 0"),
+    (["--epochs", "-1"], "--epochs is -1"),
     (["--method", "sft", "--lora-rank", "2"], "--lora-rank is for"),
-    (["--shard"], "start it with torchrun"),
+    (["--shard"], "without adapters or --patience"),
+    (["--shard", "--recipe", "paper"], "start it with torchrun"),
 ])
 def test_bad_input_is_answered_in_one_sentence(folder, tmp_path, monkeypatch, flags, said):
     monkeypatch.chdir(tmp_path)
@@ -284,7 +299,7 @@ def test_patience_wants_a_validation_text_that_can_be_scored(folder, tmp_path, m
     monkeypatch.setattr(data, "load", lambda *args: {"train": data.arithmetic(8), "test": data.arithmetic(2, seed=1),
                                                      "validation": data.arithmetic(2, digits=9)})
     flags = ["--evaluate-every", "1", "--patience", "1", "--max-length", "14"]
-    assert "no validation prompt leaves room" in call(train.main, "--model", folder, *SUMS, *flags)
+    assert "no prompt of the validation texts leaves room" in call(train.main, "--model", folder, *SUMS, *flags)
 
 
 def test_an_infinite_loss_names_step_and_batch(folder, tmp_path, monkeypatch):
@@ -296,22 +311,22 @@ def test_an_infinite_loss_names_step_and_batch(folder, tmp_path, monkeypatch):
 def test_the_log_shows_that_a_coarse_search_selects_by_rounding(folder, tmp_path, monkeypatch):
     """The second pass is in float32: against scores in bfloat16 it finds noise, and other winners."""
     monkeypatch.chdir(tmp_path)
-    train.main(["--model", str(folder), *SUMS, "--search-dtype", "bfloat16", "--scale", "0.01", "--test", "1",
+    train.main(["--model", str(folder), *SUMS, "--set", "search_dtype=bfloat16", "--scale", "0.01", "--test", "1",
                 "--out", "run"])
     looks = log_of("run")
     assert max(line["noise"] for line in looks) > 1e-3 and min(line["same_winner"] for line in looks) < 1
 
 
 def test_a_run_that_selects_by_rounding_warns(folder, tmp_path, monkeypatch, capsys):
-    settings = ["--model", str(folder), *SUMS, "--overwrite", "--max-new-tokens", "0"]
+    settings = ["--model", str(folder), *SUMS, "--max-new-tokens", "0"]
     monkeypatch.chdir(tmp_path)
-    train.main([*settings, "--scale", "1e-6"])
+    train.main([*settings, "--scale", "1e-6", "--out", "faint"])
     assert capsys.readouterr().out.count("winners are drawn by rounding") == 1
-    train.main(settings)
+    train.main([*settings, "--out", "loud"])
     assert "by rounding" not in capsys.readouterr().out
 
 
-PATIENT = ["--evaluate-every", "2", "--patience", "3", "--max-steps", "40", "--max-new-tokens", "0", "--test", "4"]
+PATIENT = ["--evaluate-every", "2", "--patience", "3", "--epochs", "3.33", "--max-new-tokens", "0", "--test", "4"]
 
 
 def test_patience_stops_on_a_made_up_curve_and_keeps_the_best(folder, tmp_path, monkeypatch):
@@ -337,8 +352,9 @@ def test_patience_stops_on_a_made_up_curve_and_keeps_the_best(folder, tmp_path, 
 
 @pytest.mark.parametrize("flags", [[], ["--method", "soft", "--lora-rank", "2", "--freeze"]])
 def test_a_patient_run_saves_its_best_state_and_resumes_to_the_bit(folder, tmp_path, monkeypatch, capsys, flags):
-    settings = ["--model", str(folder), *SUMS, "--save-every", "3", *PATIENT, *flags]
+    settings = ["--model", str(folder), *SUMS, *PATIENT, *flags]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SAVE_EVERY", 3)
     train.main([*settings, "--out", "whole"])
     metrics = json.loads(Path("whole", "metrics.json").read_text())
     assert f"after step {metrics['kept']['step']}, the best of those looked at" in capsys.readouterr().out
@@ -371,7 +387,7 @@ def test_codes_with_an_adapter(folder, tmp_path, monkeypatch):
     args = train.parse_args(["--model", str(folder), *settings, "--out", "run"])
     lm = AutoModelForCausalLM.from_pretrained(folder)
     before = {name: weight.clone() for name, weight in lm.state_dict().items()}
-    train.dress(args, lm, None, {})
+    baselines.dress(args, lm, None, {})
     model = train.build(args, lm, None, torch.device("cpu"))
     batch = data.collate(data.encode(data.arithmetic(6), data.arithmetic_tokenizer())[0])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
@@ -410,8 +426,8 @@ def test_a_local_file_of_prompts_and_responses(tmp_path, monkeypatch):
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     train.main(["--model", str(path), "--data", "mine.jsonl", "--val", "1", "--test", "1", "--max-new-tokens", "4",
-                "--lr", "1e-3", "--batch-size", "2", "--max-steps", "5"])
-    assert len(log_of(tmp_path / "runs" / "words-mine-dlr-s0")) == 5
+                "--lr", "1e-3", "--batch-size", "2", "--epochs", "0.9"])
+    assert len(log_of(tmp_path / "runs" / "words-mine-dlr-s0")) == 5  # nine tenths of ten texts
 
 
 def word_level_gpt2(path):
@@ -503,12 +519,12 @@ def test_accumulated_batches_step_like_one(steady_folder, tmp_path, method):
         out.mkdir()
         args = train.parse_args(["--model", str(steady_folder), "--recipe", "paper", "--method", method,
                                  "--batch-size", str(size), "--accumulate", str(8 // size), "--lr", "1e-3",
-                                 "--codes", "4", "--chunk", "2", "--temperature", "0",
-                                 "--alpha-policy", "0", "--alpha-reg", "0", "--out", str(out)])
-        lm, tokenizer = train.load_model(args, dict(pretrained_model_name_or_path=steady_folder), "cpu")
+                                 "--codes", "4", "--chunk", "2", "--set", "temperature=0",
+                                 "--set", "alpha_policy=0", "--set", "alpha_reg=0", "--out", str(out)])
+        lm, tokenizer = baselines.load_model(args, dict(pretrained_model_name_or_path=steady_folder), "cpu")
         model = train.build(args, lm, None, torch.device("cpu"))
         torch.nn.init.normal_(model.codebook)
-        assert train.train(args, model, data.encode(examples, tokenizer)[0], [], None, torch.device("cpu"))
+        assert train.train(args, model, data.encode(examples, tokenizer)[0], [], torch.device("cpu"))
         weights.append(model.lm.transformer.h[0].mlp.c_fc.weight)
         lines.append(log_of(out)[0])
     before = AutoModelForCausalLM.from_pretrained(steady_folder).transformer.h[0].mlp.c_fc.weight
@@ -549,12 +565,12 @@ def together(*args):
             str(ROOT / "train.py"), *map(str, args)]
 
 
-@pytest.mark.parametrize("flags", [[], ["--shard"]])
+@pytest.mark.parametrize("flags", [["--evaluate-every", "4", "--patience", "9", "--val", "5"], ["--shard"]])
 def test_two_processes_make_the_steps_of_one_and_resume(steady_folder, tmp_path, monkeypatch, flags):
     """Where nothing is drawn, in all but the prior, which each process sees of its own texts. The last batch of each
     epoch has one text: the second process has none there, and must not hang."""
-    settings = ["--model", str(steady_folder), *SUMS, "--n", "33", "--epochs", "3", "--save-every", "3",
-                "--temperature", "0", "--alpha-reg", "0", *flags]
+    settings = ["--model", str(steady_folder), *SUMS, "--n", "33", "--epochs", "3", "--set",
+                "temperature=0", "alpha_reg=0", *flags]
     alone = [flag for flag in settings if flag != "--shard"] + ["--batch-size", "8", "--out", "one"]
     shared = [*settings, "--batch-size", "4", "--out", "two"]
     monkeypatch.chdir(tmp_path)
@@ -577,6 +593,7 @@ def test_two_processes_make_the_steps_of_one_and_resume(steady_folder, tmp_path,
     for line, other in zip(one, two):
         for name in ("generalist", "steered", "policy", "loss", "best_nll", "mean_nll", "grad_norm"):
             assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (line["step"], name)
+        assert line.get("validation_nll", 0) == pytest.approx(other.get("validation_nll", 0), rel=1e-3)
     answers = [json.loads(Path(name, "metrics.json").read_text()) for name in ("one", "two")]
     for condition in ("base", "steered", "off"):
         assert answers[0]["test"][condition]["nll"] == pytest.approx(answers[1]["test"][condition]["nll"], rel=1e-4)
@@ -591,7 +608,7 @@ def test_the_last_sentences_read_the_table_right():
         nll = {"base": 1, "steered" if method == "dlr" else method: steered, "off": off, "random": random}
         rows = {name: [{"nll": (float(n * (value + e * (name == "random"))), int(n))} for n, e in zip(tokens, noise)]
                 for name, value in nll.items() if value is not None}
-        return train.reading(method, rows)
+        return compare.reading(method, rows)
 
     assert read(0.5, 0.7, 0.9).startswith("Training helped: NLL -0.500 [-0.500, -0.500] against the base. "
                                           "The codes carry weight: without them NLL +0.200 [+0.200, +0.200]")
@@ -626,7 +643,7 @@ needs_real = pytest.mark.skipif(not (os.environ.get("DLR_DATA_DIR") and os.envir
 def test_a_pretrained_gguf_on_real_data(tmp_path):
     done = run("--model", os.environ["DLR_GGUF"], "--data", "commonsense_qa", "--data-dir", os.environ["DLR_DATA_DIR"],
                "--n", "4", "--batch-size", "4", "--val", "1", "--test", "2", "--max-new-tokens", "6", "--freeze",
-               "--max-steps", "2", "--rollouts", "4", "--out", "run", cwd=tmp_path,
+               "--epochs", "2", "--rollouts", "4", "--out", "run", cwd=tmp_path,
                env={"OMP_NUM_THREADS": str(os.cpu_count())})
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
