@@ -26,6 +26,7 @@ nothing of them (`skip_special_tokens=True` drops them). Needs peft for lora, ve
 import copy
 import importlib.util
 import random
+import re
 import tempfile
 import warnings
 from contextlib import suppress
@@ -87,11 +88,33 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def explained(error):
+    """What a user can do about an error, in a sentence; an error of our own making is raised again."""
+    if not isinstance(error, RuntimeError):
+        return first_line(error)
+    if not re.search("out of memory|can't allocate memory", str(error)):  # CUDA and MPS; the CPU
+        raise error
+    return ("out of memory: a smaller --batch-size (with --accumulate for it), --gradient-checkpointing, a shorter "
+            "--max-length or fewer --rollouts will help; benchmark.py --estimate tells beforehand.")
+
+
+def load_tokenizer(args, where):
+    """Raises ValueError for a model that comes without one; transformers may make up one that knows no text."""
+    reason = "it knows no text"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        if len(tokenizer) > len(set(tokenizer.all_special_ids)):
+            return tokenizer
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+    raise ValueError(f"--model {args.model} has no tokenizer ({reason}): its tokenizer.json should lie beside it.")
+
+
 def load_model(args, where, device):
     """-> (lm, tokenizer); the tiny LM is taught first unless it lies in its folder already."""
     if args.model == "tiny":
         where = dict(pretrained_model_name_or_path=str(teach_tiny(args, device)))
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = load_tokenizer(args, where)
     lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     if "gguf_file" in where:  # transformers refuses to save such an LM: put its weights into an ordinary one
         config = copy.deepcopy(lm.config)

@@ -458,8 +458,8 @@ def main(argv=None):
             config = AutoConfig.from_pretrained(**where) if where else config_of(**given)
             args.length = min(args.length, args.max_length)  # which a look at the config may have lowered
             print(report(args, config))
-    except (OSError, ValueError) as error:
-        sys.exit(f"benchmark.py: {baselines.first_line(error)}")
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"benchmark.py: {baselines.explained(error)}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import baselines
 import data
 import search
-from baselines import first_line, load_model
+from baselines import explained, load_model
 from compare import open_log, prepare_out, reading, write_config
 from dlr import DLRModel, Settings
 from eval import (CONDITIONS, ROUTED, choose_device, conditions_of, evaluate, first_process_first, gathered,
@@ -168,8 +168,7 @@ def check_settings(args):
     routed, tiny = args.method in ROUTED, args.model == "tiny"
     for wrong, sentence in (
             (args.epochs == 0, "--epochs is 0; training takes more."),
-            (args.scale_units not in ("absolute", "hidden"),
-             f"scale_units is {args.scale_units!r}; it should be one of absolute, hidden."),
+            (args.scale_units not in ("absolute", "hidden"), "scale_units should be one of absolute, hidden."),
             ((args.patience is None) != (args.evaluate_every is None),
              "--patience and --evaluate-every belong together: how many looks, and how often to look."),
             (args.patience and args.val < 1, f"--patience looks at validation examples, and --val is {args.val} "
@@ -364,9 +363,9 @@ def main(argv=None):
         if args.shard:
             model = in_one_piece(args, model, where, device)
         finish(args, model, tokenizer, splits, texts, held_out, kept, where, device)
-    except (OSError, ValueError, FloatingPointError, KeyboardInterrupt) as error:
-        interrupted = f"Interrupted; the same command with --resume goes on from here (state: {args.out}/state.pt)."
-        said = interrupted if isinstance(error, KeyboardInterrupt) else f"train.py: {first_line(error)}"
+    except (OSError, ValueError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
+        resume = f"Interrupted; the same command with --resume goes on from here (state: {args.out}/state.pt)."
+        said = resume if isinstance(error, KeyboardInterrupt) else f"train.py: {explained(error)}"
         sys.exit(said if os.environ.get("RANK", "0") == "0" else 1)  # of several processes the first one speaks
     if args.processes > 1:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, modeling_utils
 
 import baselines
 import compare
@@ -45,7 +45,8 @@ def run(*args, cwd, script="train.py", env=None):
 def often_saving(folder):
     """A script that is train.py but saves its state every three steps."""
     path = folder / "often.py"
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\ntrain.SAVE_EVERY = 3\ntrain.main()\n")
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                    f"import train\ntrain.SAVE_EVERY = 3\ntrain.main()\n")
     return str(path)
 
 
@@ -258,11 +259,13 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
     (["--set", "generalist=no"], "--set generalist=no is none of"),
     (["--set", "alpha_policy=much"], "--set alpha_policy=much is none of"),
     (["--set", "policy=imitates"], "policy is 'imitates'; it should be one of imitate, rloo"),
-    (["--set", "scale_units=metres"], "scale_units is 'metres'; it should be one of absolute, hidden"),
+    (["--set", "scale_units=metres"], "scale_units should be one of absolute, hidden"),
     (["--epochs", "0"], "--epochs is 0"),
     (["--scale", "inf"], "--scale is inf"),
     (["--set", "temperature=-1"], "temperature is -1"),
     (["--model", "empty"], "no config.json"),
+    (["--model", "wordless-gpt2"], "has no tokenizer (it knows no text)"),
+    (["--model", "wordless-llama"], "has no tokenizer ("),
     (["--model", "nowhere.gguf"], "nowhere.gguf does not exist"),
     (["--model", "no/such-model"], "pass a model folder"),
     (["--device", "cudaa"], "--device cudaa"),
@@ -283,10 +286,28 @@ def test_the_embedded_default_gives_codes_that_carry_weight(tmp_path, monkeypatc
 def test_bad_input_is_answered_in_one_sentence(folder, tmp_path, monkeypatch, flags, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    if "wordless" in flags[-1]:
+        small = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2)
+        config = AutoConfig.for_model(flags[-1].split("-")[1], **small)
+        AutoModelForCausalLM.from_config(config).save_pretrained(flags[-1])
     rows = [json.dumps({"prompt": f"{i}+0=", "response": f"#### {i}"}) for i in range(30)]
     (tmp_path / "mine.jsonl").write_text("\n".join(rows))
     assert said in call(train.main, "--model", folder, "--data", "mine.jsonl", *flags)
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists() or "wordless" in flags[-1]
+
+
+def test_out_of_memory_says_what_helps(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    large = torch.empty
+
+    def full(*args):
+        large(2**60)  # what the allocator itself says
+
+    monkeypatch.setattr(train, "train_step", full)
+    assert "--gradient-checkpointing" in call(train.main, "--model", folder, *SUMS)
+    monkeypatch.setattr(train, "train_step", lambda *args: torch.ones(2) @ torch.ones(3))  # another error stays itself
+    with pytest.raises(RuntimeError, match="size"):
+        train.main(["--model", str(folder), *SUMS, "--out", "run"])
 
 
 def test_a_limit_that_leaves_no_room_for_answers(folder, tmp_path, monkeypatch):
