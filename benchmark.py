@@ -1,7 +1,6 @@
 """What a step of Dynamic Latent Routing costs: in time and memory here, or estimated for any model and device.
 
     python benchmark.py --model gpt2 --data gsm8k --n 64 --batch-size 4 --rounds 2      # real steps, timed
-    python benchmark.py                                                                 # a quick check on the tiny LM
     python benchmark.py --estimate --model gpt2 --rollouts 8                            # what will my run need?
     python benchmark.py --estimate --hidden 4096 --layers 32 --heads 32 --kv-heads 8 --intermediate 14336 --vocab 128256
     python benchmark.py --estimate --table                                              # 0.6B to 70B on 1 to 64 GPUs
@@ -93,7 +92,7 @@ def parse_args(argv=None):
     group.add_argument("--estimate", action="store_true", help="run nothing: operations, seconds and memory")
     group.add_argument("--table", action="store_true", help="for known shapes on several numbers of H100")
     for name in (*SHAPE, "head_dim"):
-        group.add_argument(f"--{name.replace('_', '-')}", type=int, help="of a Llama, in place of --model")
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, help="of a Llama of random weights, not --model")
     group.add_argument("--rollouts", type=int, default=8, metavar="N", help="code sequences drawn")
     group.add_argument("--response-share", type=float, default=0.5, help="of the tokens")
     group.add_argument("--processes", type=int, default=1, help="that train.py --shard spreads the model over")
@@ -118,8 +117,8 @@ def check_settings(args):
         if not 0 < getattr(args, name) <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0"
                              f"{' and at most 1' * (most == 1)}.")
-    if (given or args.table) and not args.estimate:
-        raise ValueError(f"--{'table' if args.table else given[0]} is for --estimate: real steps need a real model.")
+    if args.table and not args.estimate:
+        raise ValueError("--table is for --estimate: a GPU's steps are timed one shape at a time.")
     if given and len(given) < len(SHAPE):
         raise ValueError(f"A shape by hand wants --{' --'.join(SHAPE).replace('_', '-')}, all of them.")
     if given and (args.hidden % args.heads or args.heads % args.kv_heads):
@@ -167,6 +166,11 @@ def config_of(hidden, layers, heads, kv_heads, intermediate, vocab, head_dim=Non
         kind, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         intermediate_size=intermediate, vocab_size=vocab, tie_word_embeddings=tied,
         head_dim=head_dim or hidden // heads)
+
+
+def given_shape(args):
+    """-> the config of the shape that was given by hand."""
+    return config_of(**{name: getattr(args, name) for name in (*SHAPE, "head_dim")})
 
 
 @dataclass
@@ -366,10 +370,15 @@ class Meter:
 
 
 def load(args, device):
-    """-> (DLRModel, rows of the batch), as train.py finds them."""
-    examples = data.load(args.data, args.n, 50, 100, data_dir=args.data_dir)["train"]
-    lm, tokenizer = baselines.load_model(args, baselines.find_model(args), device)
-    rows, _, _ = data.encode(examples, tokenizer, args.max_length)
+    """-> (DLRModel, rows of the batch), as train.py finds them; of a shape by hand random weights and random texts."""
+    if args.hidden:
+        lm = AutoModelForCausalLM.from_config(given_shape(args)).to(device)
+        start = max(1, round(args.length * (1 - args.response_share)))
+        rows = [(torch.randint(args.vocab, (args.length,)).tolist(), start) for _ in range(args.batch_size)]
+    else:
+        examples = data.load(args.data, args.n, 50, 100, data_dir=args.data_dir)["train"]
+        lm, tokenizer = baselines.load_model(args, baselines.find_model(args), device)
+        rows, _, _ = data.encode(examples, tokenizer, args.max_length)
     if not rows:
         raise ValueError(f"no prompt leaves room for an answer within --length {args.length}; raise it.")
     if args.gradient_checkpointing:
@@ -425,20 +434,21 @@ def compare_steps(args, model, rows):
              f"after block {model.settings.layer}, {args.dtype}, {model.device}, torch {torch.__version__}, "
              f"{torch.get_num_threads()} threads; medians of {args.rounds}",
              f"{'':<31} {'seconds':>8} {'x SFT':>6} {'tokens/s':>9} {'extra GB':>9} {'estimate':>9} {'floor':>6} "
-             f"{'x floor':>8}"]
+             f"{'x floor':>8} {'% peak':>7}"]
     for name in losses:
         after = ""
         if name in rollouts:
             held = memory(size, shape, rollouts[name], args.dtype == "bfloat16", args.gradient_checkpointing)
-            most = work[name] / work[least]
+            most, reached = work[name] / work[least], work[name] / seconds[name] / args.peak / 1e12
             after = (f" {(held['peak'] - held['weights'] - held['Adam']) / 1e9:9.2f} {most:6.2f} "
-                     f"{seconds[name] / seconds[least] / most:8.2f}")
+                     f"{seconds[name] / seconds[least] / most:8.2f} {100 * reached:7.1f}")
         lines.append(f"{name:<31} {seconds[name]:8.3f} {seconds[name] / seconds['SFT, as the LM does it']:6.2f} "
                      f"{count / seconds[name]:9.0f} {peaks[name] / 1e9:9.2f}{after}")
     slower = 100 * (seconds["steered"] / seconds["plain"] - 1)
-    lines.append(f"extra GB: at the peak, beside weights and Adam. floor: operations, in those of SFT with the logits "
-                 f"of responses only. Steered generation takes {slower:+.1f}% more time than plain.")
-    return "\n".join(lines)
+    return "\n".join(lines) + (
+        f"\nextra GB: at the peak, beside weights and Adam. floor: operations, in those of SFT with the logits of "
+        f"responses only; % peak: those of the floor a second, of {args.peak:g} TFLOP/s. Steered generation takes "
+        f"{slower:+.1f}% more time than plain.")
 
 
 def main(argv=None):
@@ -453,9 +463,8 @@ def main(argv=None):
         elif args.table:
             print(known_shapes(args))
         else:
-            given = {name: getattr(args, name) for name in (*SHAPE, "head_dim")}
             where = None if args.hidden else baselines.find_model(args)
-            config = AutoConfig.from_pretrained(**where) if where else config_of(**given)
+            config = AutoConfig.from_pretrained(**where) if where else given_shape(args)
             args.length = min(args.length, args.max_length)  # which a look at the config may have lowered
             print(report(args, config))
     except (OSError, ValueError, RuntimeError) as error:

@@ -137,6 +137,16 @@ def test_every_kind_of_step_is_timed_and_nothing_is_trained(folder, tmp_path, mo
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_shape_by_hand_is_timed_and_held_to_the_peak(capsys):
+    benchmark.main([*SHAPE_BY_HAND, "--length", "24", "--batch-size", "2", "--rounds", "1", "--peak", "0.5", "--device",
+                    "cpu"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 texts, 48 tokens, 24 of them of responses")
+    row = next(line for line in printed.splitlines() if line.startswith("SFT, logits"))[31:].split()
+    work = benchmark.operations(benchmark.Size(CONFIGS["llama"]()), benchmark.Batch(2, 24, 24))
+    assert float(row[-1]) == pytest.approx(100 * sum(work) / float(row[0]) / 0.5e12, abs=0.06, rel=0.02)
+
+
 def table(printed):
     """-> {name: [SFT, DLR]} of the rows of an estimate."""
     return {line[:30].strip(): [float(value) for value in line[30:].split()] for line in printed.splitlines()[2:]}
@@ -179,7 +189,7 @@ def test_the_table_says_what_fits(monkeypatch, capsys):
     (["--data", "gsm9k"], "unknown data 'gsm9k'"),
     (["--layer", "3"], "blocks 0 to 2"),
     (["--length", "8"], "--length 8; raise it"),
-    (["--hidden", "128"], "for --estimate"),
+    (["--hidden", "128"], "--vocab, all of them"),
     (["--table"], "for --estimate"),
     (["--estimate", "--hidden", "128"], "--vocab, all of them"),
     (["--estimate", *SHAPE_BY_HAND, "--heads", "3"], "--heads is 3"),
