@@ -268,7 +268,7 @@ def train(args, model, rows, held_out, device):
                 line = train_step(args, model, spread, optimizer, rows, chosen, step, look, interrupted, device)
                 schedule.step()
                 stop = line.pop("interrupted")
-                if args.patience and (step + 1) % args.evaluate_every == 0:
+                if args.patience and ((step + 1) % args.evaluate_every == 0 or step + 1 == steps):
                     line["validation_nll"] = nll = validation_nll(args, model, held_out)
                     if best["nll"] is None or nll < best["nll"]:
                         best = {"step": step + 1, "nll": nll}

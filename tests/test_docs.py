@@ -21,6 +21,8 @@ BASH = r"""set -eu
 python() { printf '%s\x1f' "$@"; printf '\x1e'; }
 torchrun() { while [ "$1" != -- ]; do shift; done; shift; python "$@"; }
 pip() { :; }
+mkdir() { :; }
+touch() { :; }
 """
 
 
