@@ -13,6 +13,8 @@ seed; the test set has no say in it.
 A difference, of accuracy or of NLL, is taken example by example, then averaged: a bootstrap over examples gives its
 interval and p value, the spread over seeds its standard error. Runs need not have been asked the same: a difference is
 over the questions that both were, and a row that lacks some of its data set's, or is not compared on all, says so.
+
+What makes two runs the same is decided here, and so is when train.py may write into a folder: never over a run.
 """
 import argparse
 import json
@@ -33,8 +35,6 @@ from eval import conditions_of, interval, processes, questions, read_config, res
 LACKING = {"strict": "it holds no answers; give --by nll, or answer its test set with --max-new-tokens.",
            "nll": "it does not hold the NLL of each example; evaluate it anew (eval.py --max-new-tokens 0 will do)."}
 LOOKS = {"strict": (100, 5, "5.1f"), "nll": (1, 7, "7.4f")}  # in %, in nats: scale, width, format
-
-
 # what two runs may differ in and still be the same
 APART = {"out", "resume", "device", "conditions", "commit", "python", "torch", "transformers"}
 

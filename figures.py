@@ -381,7 +381,7 @@ def map_of_little_data(runs, against, folder):
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(layout="constrained")
         draw_map(figure, table, against)
-        figure.savefig(Path(folder, "little_data.png"), dpi=150)
+        figure.savefig(Path(folder, "little_data.png"), dpi=120)
 
 
 def saved_analysis(run):
