@@ -175,16 +175,6 @@ def test_reft_adds_what_it_says_at_one_block_and_trains_nothing_else(layer):
     assert all((p.grad is not None) == (name in trained) for name, p in lm.named_parameters())
 
 
-def test_dropout_is_set_wherever_the_config_names_one(folder):
-    where = dict(pretrained_model_name_or_path=str(folder))
-    lm = AutoModelForCausalLM.from_pretrained(**where, **baselines.dropouts(where, 0.25))
-    found = {part.p for part in lm.modules() if isinstance(part, torch.nn.Dropout)}
-    assert found == {0.25} and baselines.dropouts(where, None) == {}
-    ids = torch.arange(9)[None]
-    assert not torch.equal(lm.train()(ids).logits, lm(ids).logits)
-    assert torch.equal(lm.eval()(ids).logits, lm(ids).logits)
-
-
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for method, package in (("lora", "peft"), ("tokenassorted", "vector-quantize-pytorch")):

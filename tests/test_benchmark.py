@@ -144,7 +144,8 @@ def test_a_shape_by_hand_is_timed_and_held_to_the_peak(capsys):
     assert printed.startswith("2 texts, 48 tokens, 24 of them of responses")
     row = next(line for line in printed.splitlines() if line.startswith("SFT, logits"))[31:].split()
     work = benchmark.operations(benchmark.Size(CONFIGS["llama"]()), benchmark.Batch(2, 24, 24))
-    assert float(row[-1]) == pytest.approx(100 * sum(work) / float(row[0]) / 0.5e12, abs=0.06, rel=0.02)
+    least, most = (100 * sum(work) / (float(row[0]) + off) / 0.5e12 for off in (0.0005, -0.0005))  # as it is rounded
+    assert least - 0.05 <= float(row[-1]) <= most + 0.05
 
 
 def table(printed):
