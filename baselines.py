@@ -89,7 +89,7 @@ def first_line(error):
 
 
 def explained(error):
-    """What a user can do about an error, in a sentence; an error of our own making is raised again."""
+    """An error as a sentence for the user; a RuntimeError other than a full memory is a fault, and raised again."""
     if not isinstance(error, RuntimeError):
         return first_line(error)
     if not re.search("out of memory|can't allocate memory", str(error)):  # CUDA and MPS; the CPU
@@ -126,7 +126,7 @@ def load_model(args, where, device):
 
 
 def dress(args, lm, tokenizer, splits):
-    """Change model, tokenizer and texts as the method asks (py). -> the splits to train and evaluate on"""
+    """Change model, tokenizer and texts as the method asks. -> the splits to train and evaluate on"""
     texts = dict(splits)
     if args.lora_rank:
         add_lora(lm, args.lora_rank, args.lora_layers)
@@ -136,8 +136,7 @@ def dress(args, lm, tokenizer, splits):
     elif args.method == "reft":
         add_reft(lm, args.layer, args.num_codes)
     elif args.method == "tokenassorted":
-        texts["train"], said = assort(splits["train"], lm, tokenizer, args.chunk_size, args.num_codes,
-                                                 args.seed)
+        texts["train"], said = assort(splits["train"], lm, tokenizer, args.chunk_size, args.num_codes, args.seed)
         print(f"tokenassorted: {said}.")
     return texts
 

@@ -1,5 +1,4 @@
 """What has to hold wherever it runs: DLR_DEVICE=cuda python -m pytest tests/test_device.py (without: the CPU)."""
-import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_dlr import FAMILIES, argmax_route, build, labels_of, pad, plain_hook, random_codes, texts
+from test_train import killed_and_resumed, log_of
 from transformers import AutoModelForCausalLM
 
 import train
@@ -62,20 +62,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(folder, tmp_path, mon
                 "4", "--epochs", "2", "--evaluate-every", "2", "--dtype", dtype, "--device", DEVICE, "--max-new-tokens",
                 "4"]
     train.main([*settings, "--out", "whole"])
-    step, stopped = train.train_step, []
-
-    def killed(*args):
-        if args[6] == 8 and not stopped:
-            stopped.append(1)
-            raise RuntimeError("killed")
-        return step(*args)
-
-    monkeypatch.setattr(train, "train_step", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        train.main([*settings, "--out", "cut"])
-    train.main([*settings, "--out", "cut", "--resume"])
-    lines = [[{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"}
-              for line in Path(name, "log.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
-    assert lines[0] == lines[1] and len(lines[0]) > 8
+    killed_and_resumed(monkeypatch, 8, [*settings, "--out", "cut"])
+    assert log_of("cut") == log_of("whole") and len(log_of("cut")) > 8
     states = [AutoModelForCausalLM.from_pretrained(Path(name, "model")).state_dict() for name in ("whole", "cut")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -1,6 +1,7 @@
 """train.py through its command line, on tiny models and sums; and its pieces against other ways."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -182,6 +183,7 @@ def test_a_prompt_that_was_not_searched_is_steered_but_not_imitated(folder, name
     out = model.train()(ids, labels=labels)
     searched = torch.tensor([[False, False, True, True, True], [False] * 4 + [True]]) if name == "response" else None
     codes, z = out.found.codes, model.route(out.trunk)
+    assert out.found.rollouts.shape[1] == args.rollouts == 3  # a beam is as wide
     if searched is None:
         searched = torch.ones_like(codes, dtype=torch.bool)
     assert torch.equal(codes[~searched], z.argmax(-1)[~searched])
@@ -347,6 +349,20 @@ def test_a_run_that_selects_by_rounding_warns(folder, tmp_path, monkeypatch, cap
     assert "by rounding" not in capsys.readouterr().out
 
 
+def killed_and_resumed(monkeypatch, step, settings):
+    """A run that ends in an error at this step, and then goes on from its last state."""
+    def killed(*args):
+        if args[6] == step:
+            raise RuntimeError("killed")
+        return train_step(*args)
+
+    train_step = train.train_step
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(train, "train_step", killed)
+        train.main(settings)
+    train.main([*settings, "--resume"])
+
+
 PATIENT = ["--evaluate-every", "2", "--patience", "3", "--epochs", "3.33", "--max-new-tokens", "0", "--test", "4"]
 
 
@@ -371,6 +387,16 @@ def test_patience_stops_on_a_made_up_curve_and_keeps_the_best(folder, tmp_path, 
     assert [line["code_lr"] for line in lines] == pytest.approx([1e-2 * min((i + 1) / 10, 1) for i in range(12)])
 
 
+def test_where_the_limit_ends_training_the_last_state_is_looked_at_too(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    curve, kept = iter([3.0, 2.0, 1.0]), []
+    monkeypatch.setattr(train, "validation_nll", lambda *args: next(curve))
+    monkeypatch.setattr(train, "finish", lambda *args: kept.append(args[6]))
+    train.main(["--model", str(folder), *SUMS, *PATIENT, "--epochs", "0.4", "--out", "run"])
+    assert [line.get("validation_nll") for line in log_of("run")] == [None, 3.0, None, 2.0, 1.0]
+    assert kept == [{"step": 5, "nll": 1.0}]
+
+
 @pytest.mark.parametrize("flags", [[], ["--method", "soft", "--lora-rank", "2", "--freeze"]])
 def test_a_patient_run_saves_its_best_state_and_resumes_to_the_bit(folder, tmp_path, monkeypatch, capsys, flags):
     settings = ["--model", str(folder), *SUMS, *PATIENT, *flags]
@@ -383,18 +409,7 @@ def test_a_patient_run_saves_its_best_state_and_resumes_to_the_bit(folder, tmp_p
     assert looks[metrics["kept"]["step"]] == metrics["kept"]["nll"] == min(looks.values())
     assert metrics["validation"]["nll"] == pytest.approx(metrics["kept"]["nll"], rel=1e-5)  # what is saved is the best
     assert not Path("whole", "best.pt").exists()
-    step, stopped = train.train_step, []
-
-    def killed(*args):
-        if args[6] == 7 and not stopped:  # past a look and a save
-            stopped.append(1)
-            raise RuntimeError("killed")
-        return step(*args)
-
-    monkeypatch.setattr(train, "train_step", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        train.main([*settings, "--out", "cut"])
-    train.main([*settings, "--out", "cut", "--resume"])
+    killed_and_resumed(monkeypatch, 7, [*settings, "--out", "cut"])  # past a look and a save
     assert log_of("cut") == log_of("whole")
     assert Path("cut", "metrics.json").read_text() == Path("whole", "metrics.json").read_text()
     states = [DLRModel.from_pretrained(Path(name, "model")).state_dict() for name in ("cut", "whole")]
@@ -654,6 +669,16 @@ def test_the_embedded_settings_give_way_to_flags():
     assert tuple(getattr(paper, name) for name in names) == method
     assert (paper.scale, paper.lr, paper.code_lr, paper.epochs, paper.patience) == (0.1, 1e-5, 1e-3, 1, None)
     assert args.out == "runs/gpt2-gsm8k-dlr-s0" and args.max_new_tokens == 256
+
+
+def test_a_recipe_is_the_flags_that_help_spells_it_with(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")  # no line is broken
+    said = " ".join(train.flags().format_help().split())
+    spelled = re.search(r"tiny has its own\): (.*?); paper: .*?; ours: (.*?) --model", said)
+    for recipe, flags in zip(("tuned", "ours"), spelled.groups()):
+        by_name, by_hand = (vars(train.parse_args(["--model", "gpt2", "--data", "gsm8k", *more]))
+                            for more in (["--recipe", recipe], ["--recipe", "paper", *flags.split()]))
+        assert {**by_hand, "recipe": recipe} == by_name
 
 
 needs_real = pytest.mark.skipif(not (os.environ.get("DLR_DATA_DIR") and os.environ.get("DLR_GGUF")),
