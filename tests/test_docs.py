@@ -22,6 +22,7 @@ python() { printf '%s\x1f' "$@"; printf '\x1e'; }
 torchrun() { while [ "$1" != -- ]; do shift; done; shift; python "$@"; }
 pip() { :; }
 mkdir() { :; }
+jq() { :; }
 touch() { :; }
 """
 
