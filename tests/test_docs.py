@@ -15,12 +15,13 @@ DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "RESULTS.
 FILES = [*sorted(ROOT.glob("*.py")), ROOT / "tests" / "families.py"]
 DOCSTRINGS = {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in FILES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Bash itself expands loops, functions and variables; a command is written down in place of being run, and there is no
-# PATH, so that another one than these is an error.
+# Bash itself expands loops, functions and variables; a command is written down in place of being run (but mkdir: what
+# follows may write there), and there is no PATH, so that another one than these is an error.
 BASH = r"""set -eu
 python() { printf '%s\x1f' "$@"; printf '\x1e'; }
 torchrun() { while [ "$1" != -- ]; do shift; done; shift; python "$@"; }
-for name in pip mkdir touch jq grep sort sed; do eval "$name() { :; }"; done
+for name in pip touch jq grep sort sed; do eval "$name() { :; }"; done
+mkdir() { /bin/mkdir "$@"; }
 """
 
 
