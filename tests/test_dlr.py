@@ -147,7 +147,8 @@ def random_codes(*shape, seed=2, low=0):
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @every_family
 def test_steered_logits_equal_a_naive_loop(family, side, layer):
-    model = build(family, layer=layer)
+    # in float64: in this mamba rounding grows, on some processors to 2e-3 of a logit in float32
+    model = build(family, layer=layer).double()
     rows = texts()
     ids, mask = pad(rows, side, width=13)  # wider than any text
     given = random_codes(3, 4, low=-1)
@@ -155,9 +156,9 @@ def test_steered_logits_equal_a_naive_loop(family, side, layer):
     for b, row in enumerate(rows):
         real = mask[b].bool()
         expected, _ = naive(family, model, row, codes=given[b])
-        torch.testing.assert_close(steered[b][real], expected, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(steered[b][real], expected, atol=1e-6, rtol=1e-6)
         expected, _ = naive(family, model, row, route=argmax_route(model))
-        torch.testing.assert_close(routed[b][real], expected, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(routed[b][real], expected, atol=1e-6, rtol=1e-6)
         assert (expected - model.lm(row[None]).logits[0]).abs().max() > 0.01  # the codes do something
 
 
